@@ -1,0 +1,144 @@
+"""Weights on disk: safetensors files with a config in their metadata, their hash, and where checkpoints are found."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cli import UserError, atomic
+
+
+def write_tensors(file, tensors, **metadata):
+    """Write named tensors to a safetensors file; each keyword becomes a JSON string in its metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(file) as temporary:
+        save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+
+
+def read_metadata(file):
+    """The metadata that `write_tensors` stored. Raises UserError for a file that is missing or no safetensors file."""
+    with _open(file) as opened:
+        return {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+
+
+def read_tensors(file):
+    """{name: tensor} of a safetensors file, memory-mapped on the CPU. Raises UserError as `read_metadata` does."""
+    with _open(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}
+
+
+def _open(file):
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; see python convert_weights.py --help") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a whole safetensors file ({error}); write it again") from None
+
+
+def sha256(tensors):
+    """SHA-256 over names and float32 bytes, in name order: the same for a model whatever layout or dtype it came in."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_module(module, file, **metadata):
+    """Write a ViT or GPT-2 and its config as one safetensors file."""
+    write_tensors(file, module.state_dict(), kind=type(module).__name__, config=asdict(module.config), **metadata)
+
+
+def load_module(module_class, config_class, file):
+    """Read what `save_module` wrote: built without storage, then given the file's own tensors, in the file's dtype."""
+    metadata = read_metadata(file)
+    if metadata.get("kind") != module_class.__name__:
+        raise UserError(f"{file} does not hold a {module_class.__name__} written by convert_weights.py")
+    with torch.device("meta"):
+        module = module_class(config_class(**metadata["config"]))
+    fill(module, read_tensors(file), file)
+    return module.eval()
+
+
+def fill(module, tensors, source):
+    """Give every parameter of `module` its tensor, without a copy. Raises UserError unless names and shapes agree."""
+    wanted = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if wanted != found:
+        missing, extra = sorted(wanted.keys() - found), sorted(found.keys() - wanted)
+        shapes = [f"{n} {found[n]} instead of {wanted[n]}" for n in wanted.keys() & found if wanted[n] != found[n]]
+        what = [f"{label} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for label, names in
+                (("missing", missing), ("unknown", extra), ("of another shape", sorted(shapes))) if names]
+        raise UserError(f"{source} does not fit the model: {'; '.join(what)}")
+    module.load_state_dict(tensors, assign=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoint folders: config.json, fusion.safetensors or model.safetensors, tokenizer.json
+
+FORMAT_VERSION = 1
+ROOT = Path(__file__).parent
+
+
+def read_config(folder):
+    """config.json of a checkpoint folder. Raises UserError when there is none or it is of a newer format."""
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        version = config["format_version"]
+    except OSError:
+        raise UserError(f"{folder} is no checkpoint folder: it has no config.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged") from None
+    if version > FORMAT_VERSION:
+        raise UserError(f"{folder} is of format {version}, newer than the {FORMAT_VERSION} known here; update the code")
+    return config
+
+
+def find_checkpoint():
+    """The folder used when none is named: the newest under out/ trained on photographs, the published model, assets/mini."""
+    trained = []
+    for file in Path("out").glob("*/config.json"):
+        try:
+            summary = read_config(file.parent).get("training") or {}
+        except UserError:
+            continue
+        if summary.get("photographs"):
+            trained.append((file.stat().st_mtime, file.parent))
+    if trained:
+        return max(trained)[1]
+    for folder in (Path("weights/vision-gpt"), ROOT / "weights/vision-gpt", ROOT / "assets/mini"):
+        if (folder / "config.json").exists():
+            return folder
+    raise UserError("no checkpoint found: train one (python train.py) or convert the published one "
+                    "(python convert_weights.py --help), or name one with --checkpoint")
+
+
+def find_backbone(name, record, folder, weights=None):
+    """The file of a frozen backbone of the checkpoint `folder`. `record` (file, path, sha256) is what config.json says.
+
+    Looked for at the recorded path, in `weights`, in weights/ beside the checkpoint and in the current folder; raises
+    UserError when there is none, or when the one found is not the one that the checkpoint was trained on.
+    """
+    places = [Path(folder) / record["path"], *([Path(weights) / record["file"]] if weights else []),
+              Path(folder).parent / "weights" / record["file"], Path("weights") / record["file"]]
+    files = [place for place in places if place.exists()]
+    for file in files:
+        if read_metadata(file).get("sha256") == record["sha256"]:
+            return file
+    if files:
+        raise UserError(f"{files[0]} is not the {name} that {folder} was trained on (sha256 {record['sha256'][:12]}...); "
+                        f"convert the same {name} again with convert_weights.py, or name its folder with --weights")
+    raise UserError(f"the {name} weights of {folder} are missing: looked for {', '.join(map(str, places))}; "
+                    f"make them with python convert_weights.py, or name their folder with --weights")
+
+
+def describe(file, folder):
+    """What config.json says of a frozen backbone: file name, path relative to the checkpoint, hash."""
+    return {"file": Path(file).name, "path": os.path.relpath(file, folder), "sha256": read_metadata(file).get("sha256")}

@@ -1,0 +1,166 @@
+"""What the scripts share: flags made from a dataclass, the user's error, progress, atomic files, device and dtype."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import os
+import sys
+import time
+import typing
+
+
+class UserError(ValueError):
+    """Something the caller can mend: one readable sentence that says what is wrong and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def flag(default, help, choices=None, metavar=None, positional=False):
+    """A dataclass field that is also a command-line flag; a callable default (list, dict) is called for each instance."""
+    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional)
+    kind = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(**kind, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes --a_b for --a-b, never abbreviates, and names the nearest valid flag or value."""
+
+    def parse_args(self, args=None):
+        args = [self._dashes(a) for a in (sys.argv[1:] if args is None else args)]
+        known, unknown = self.parse_known_args(args)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            self.error(f"unknown argument {name}{nearest(name, self._option_string_actions)}; see --help")
+        return known
+
+    def _dashes(self, arg):
+        if not arg.startswith("--"):
+            return arg
+        name, equals, value = arg.partition("=")
+        return name.replace("_", "-") + equals + value
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            choices = [str(c) for c in action.choices]
+            raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def nearest(word, known):
+    """' (did you mean X?)' for the closest known word, or nothing."""
+    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def parse(config_class, description, args=None):
+    """Read the command line into a dict of the fields of `config_class` that were given; the rest keep their defaults."""
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if "help" not in field.metadata:
+            continue
+        meta, kind = field.metadata, types[field.name]
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        text = meta["help"].replace("%", "%%")
+        if default not in (None, "", [], False):
+            text += f" [{default}]"
+        members = [t for t in typing.get_args(kind) if t is not type(None)]       # `float | None` -> float
+        is_list = typing.get_origin(kind) is list
+        base = members[0] if members else kind
+        if meta["positional"]:
+            parser.add_argument(field.name, nargs="*", help=text, metavar=meta["metavar"])
+            continue
+        option = "--" + field.name.replace("_", "-")
+        if base is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(option, type=base, action="extend" if is_list else "store", help=text,
+                                nargs="+" if is_list else None, choices=meta["choices"], metavar=meta["metavar"])
+    return vars(parser.parse_args(args))
+
+
+def run(main):
+    """Call `main()` and end the way a user expects: a UserError is one line on stderr and exit status 1."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                      # the reader of our stdout went away, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# progress and files
+
+
+def progress(items, label, total=None, unit=""):
+    """Yield from `items`; once two seconds have passed, show count and time left on stderr."""
+    total = len(items) if total is None else total
+    start = last = time.monotonic()
+    shown, live = False, sys.stderr.isatty()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - start > 2 and now - last > (0.2 if live else 10):
+            left = (total - done) * (now - start) / done
+            print(f"\r{label} {done}/{total}{unit}, {clock(left)} left ", end="" if live else "\n", file=sys.stderr, flush=True)
+            last, shown = now, True
+        yield item
+    if shown and live:
+        print(f"\r{label} {total}/{total}{unit}, took {clock(time.monotonic() - start)}   ", file=sys.stderr)
+
+
+def clock(seconds):
+    """Seconds as a person reads them: 42 s, 3:07 min, 1:02 h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    return f"{seconds // 60}:{seconds % 60:02} min" if seconds < 3600 else f"{seconds // 3600}:{seconds // 60 % 60:02} h"
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; rename it there when the block ends well, remove it when it does not."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# device and dtype
+
+DTYPES = ["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+
+
+def pick_device(name="auto"):
+    """'auto' is the GPU where there is one; raises UserError when the device asked for is not there."""
+    import torch
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if has[d])
+    kind = str(name).split(":")[0]
+    if not has.get(kind):
+        raise UserError(f"device {name!r} is not available here; use --device cpu or auto")
+    return torch.device(name)
+
+
+def pick_dtype(name):
+    """The torch dtype of a name, or None for 'auto'; short names (fp32, fp16, bf16) are accepted."""
+    import torch
+    names = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return names[name] if name in names else getattr(torch, name)

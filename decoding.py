@@ -1,0 +1,180 @@
+"""Greedy decoding, sampling and beam search over a step function. Letters: B prompts, G rows (beams) a prompt, V vocabulary.
+
+`step(tokens)` takes the newest tokens (R, T) and returns the logits (R, V) of what follows; `select(rows)` makes row i go
+on from what was row rows[i]. Row b * G + g is the g-th continuation of prompt b.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cli import UserError, flag
+
+
+@dataclass
+class DecodingConfig:
+    num_beams: int = flag(1, "beams of beam search; 1 is greedy decoding, or sampling")
+    length_penalty: float = flag(1.0, "beam score is log-probability / length**length_penalty")
+    temperature: float | None = flag(None, "sample, with logits divided by this; 0 is greedy")
+    top_k: int | None = flag(None, "sample among the k likeliest tokens")
+    top_p: float | None = flag(None, "sample among the likeliest tokens that hold this much probability")
+    repetition_penalty: float = flag(1.0, "above 1: tokens already in the text become less likely")
+    no_repeat_ngram: int = flag(0, "no sequence of this many tokens occurs twice; 0 is off")
+    num_return_sequences: int = flag(1, "captions an image: the best beams, or so many samples")
+    prompt: str = flag("", "text that the caption starts with")
+    min_length: int = flag(0, "fewest new tokens before the end token")
+    max_length: int = flag(50, "most new tokens, end token counted")
+
+    def __post_init__(self):
+        at_least = dict(num_beams=1, repetition_penalty=1e-9, no_repeat_ngram=0, num_return_sequences=1, min_length=0,
+                        max_length=1)
+        for name, low in {**at_least, "temperature": 0, "top_k": 1, "top_p": 1e-9}.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise UserError(f"{name} is {value}, but must be {'above 0' if low == 1e-9 else f'at least {low}'}")
+        if self.top_p is not None and self.top_p > 1:
+            raise UserError(f"top_p is {self.top_p}, but is a probability: at most 1")
+        if self.min_length >= self.max_length > 1 or self.min_length > self.max_length:
+            raise UserError(f"min_length {self.min_length} leaves no room in max_length {self.max_length}")
+        if self.samples and self.num_beams > 1:
+            raise UserError("beam search does not sample: give num_beams, or temperature, top_k and top_p, not both")
+        if not self.samples and self.num_return_sequences > self.num_beams:
+            raise UserError(f"num_return_sequences {self.num_return_sequences} needs as many num_beams "
+                            f"({self.num_beams} given), or sampling (temperature, top_k, top_p)")
+
+    @property
+    def samples(self):
+        given = [v for v in (self.temperature, self.top_k, self.top_p) if v is not None]
+        return bool(given) and self.temperature != 0 and self.top_k != 1
+
+
+def decode(step, select, start, config, end, generator=None):
+    """Continue each row of `start` (B, T0), whose first token is the start token.
+
+    Returns B * num_return_sequences lists of new tokens without the end token, prompt after prompt, and their scores,
+    log-probability / length**length_penalty, where the end token counts in both and length is that of the new tokens.
+    """
+    search = beam_search if config.num_beams > 1 else follow
+    return search(step, select, start, config, end, generator)
+
+
+def follow(step, select, start, config, end, generator):
+    """One token a step for each row: the likeliest, or a sample of `num_return_sequences` rows a prompt."""
+    logits = step(start)
+    widen = torch.arange(len(start), device=start.device).repeat_interleave(config.num_return_sequences)
+    if len(widen) > len(start):
+        select(widen)
+        logits = logits[widen]
+    text = start[widen]                                                          # (R, T)
+    done = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+    total = torch.zeros(len(text), device=text.device)
+    length = torch.zeros(len(text), dtype=torch.long, device=text.device)
+    for new in range(1, config.max_length + 1):
+        logits = adjust(logits.float(), text, config, end, new)
+        token = sample(logits, config, generator) if config.samples else logits.argmax(-1)
+        logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        total += logprob.masked_fill(done, 0)
+        length += ~done
+        token = token.masked_fill(done, end)                                     # a finished row idles on the end token
+        text = torch.cat([text, token[:, None]], dim=1)
+        done |= token == end
+        if new == config.max_length or (ask_now(text.device, new) and done.all()):
+            break
+        logits = step(token[:, None])
+    return cut(text[:, start.shape[1] :], end), (total / length**config.length_penalty).tolist()
+
+
+def beam_search(step, select, start, config, end, generator=None):
+    """Keeps the G likeliest unfinished texts of each prompt; every one of them may end at every step.
+
+    Stops when no unfinished text can still beat the G best finished ones, or at max_length, where texts are cut.
+    """
+    B, G, L, device = len(start), config.num_beams, config.max_length, start.device
+    logits = step(start)                                                         # (B, V)
+    rows = torch.arange(B, device=device).repeat_interleave(G)
+    select(rows)
+    logits, prompt = logits[rows], start[rows]
+    live = torch.full((B, G), -torch.inf, device=device)                         # log-probabilities of the beams
+    live[:, 0] = 0                                                               # as yet all beams are the same
+    text = torch.full((B * G, L), end, device=device)                            # new tokens, then end tokens
+    best = torch.full((B, G), -torch.inf, device=device)                         # scores of the finished texts
+    best_text = text.view(B, G, L).clone()
+
+    def finish(logprob, length):
+        nonlocal best, best_text
+        scores = torch.cat([best, logprob / length**config.length_penalty], dim=1)
+        best, keep = scores.topk(G)
+        texts = torch.cat([best_text, text.view(B, G, L)], dim=1)
+        best_text = texts.gather(1, keep[:, :, None].expand(-1, -1, L))
+
+    for new in range(1, L + 1):
+        logits = adjust(logits.float(), torch.cat([prompt, text[:, : new - 1]], dim=1), config, end, new)
+        total = live.view(-1, 1) - logits.logsumexp(-1, keepdim=True)            # add a logit: the new log-probability
+        finish((total + logits[:, end : end + 1]).view(B, G), new)
+        logits[:, end] = -torch.inf
+        likeliest, token = logits.topk(min(G, logits.shape[-1]))                 # (R, K)
+        K = token.shape[1]
+        live, choice = (likeliest + total).view(B, G * K).topk(G)
+        rows = (torch.arange(B, device=device)[:, None] * G + choice // K).flatten()
+        token = token.view(B, G * K).gather(1, choice).view(-1)
+        text = text[rows]
+        text[:, new - 1] = token
+        if new == L:
+            finish(live, new)
+        # a live text's best hope is to go on with certainty; log-probabilities are negative
+        hope = live[:, 0] / (L if config.length_penalty > 0 else new + 1) ** config.length_penalty
+        if new == L or (ask_now(device, new) and (best[:, -1] >= hope).all()):
+            break
+        select(rows)
+        logits = step(token[:, None])
+    n = config.num_return_sequences
+    return cut(best_text[:, :n].flatten(0, 1), end), best[:, :n].flatten().tolist()
+
+
+def ask_now(device, new):
+    """Asking a GPU whether all rows are done makes the host wait for it, so it is asked at every eighth token only."""
+    return device.type == "cpu" or new % 8 == 0
+
+
+def cut(texts, end):
+    """(R, T) -> lists of tokens, each up to its first end token."""
+    return [row[: row.index(end)] if end in row else row for row in texts.tolist()]
+
+
+def adjust(logits, text, config, end, new):
+    """Apply penalties and bans to logits (R, V) of the `new`-th token after `text` (R, T); the end token is spared.
+
+    Repetition penalty of Keskar et al. 2019 (CTRL). The start token, text[:, 0], counts for neither.
+    """
+    written = text[:, 1:]
+    end_logit = logits[:, end].clone()
+    if config.repetition_penalty != 1 and written.shape[1]:
+        held = logits.gather(1, written)
+        p = config.repetition_penalty
+        logits = logits.scatter(1, written, torch.where(held > 0, held / p, held * p))
+    n = config.no_repeat_ngram
+    if n and written.shape[1] >= n:
+        grams = written.unfold(1, n, 1)                                          # (R, M, n): all n-grams so far
+        tail = written[:, written.shape[1] - n + 1 :]                            # (R, n - 1): what the next would complete
+        seen = (grams[:, :, :-1] == tail[:, None]).all(-1)                       # (R, M)
+        ban = torch.where(seen, -torch.inf, torch.inf)
+        logits = logits.scatter_reduce(1, grams[:, :, -1], ban, "amin")
+    logits = logits.clone()
+    logits[:, end] = end_logit if new > config.min_length else -torch.inf
+    return logits
+
+
+def sample(logits, config, generator):
+    """Draw one token a row from logits (R, V) after temperature, top-k and top-p (Holtzman et al. 2019)."""
+    logits = logits / (config.temperature or 1.0)
+    if config.top_k is not None:
+        kth = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if config.top_p is not None:
+        ordered, index = logits.sort(descending=True)
+        probability = ordered.softmax(-1)
+        ordered[probability.cumsum(-1) - probability >= config.top_p] = -torch.inf   # keeps the one that crosses top_p
+        logits = logits.scatter(1, index, ordered)
+    probability = logits.softmax(-1)
+    return torch.multinomial(probability.to(generator.device if generator else logits.device), 1,
+                             generator=generator)[:, 0].to(logits.device)

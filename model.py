@@ -1,0 +1,299 @@
+"""Vision-GPT: a ViT sees, a Perceiver Resampler compresses, and cross-attention lets GPT-2 look at it while it writes.
+
+Letters: B batch of images, R caption rows, T text positions, N patches, L latents, C GPT-2's width, V vocabulary.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import checkpoint
+import vit as pictures
+from cli import UserError, atomic, pick_device
+from decoding import DecodingConfig, decode
+from gpt2 import GPT2, GPT2Config, KVCache
+from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig
+from tokenizer import Tokenizer
+from vit import ViT, ViTConfig
+
+FROZEN = ("vit.", "gpt2.")             # prefixes of what comes pretrained; `resampler.` and `xattn.` are the fusion
+CHUNK = 1024                           # targets whose logits are held at once in `loss`
+
+
+@dataclass
+class VisionGPTConfig:
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    gpt2: GPT2Config = field(default_factory=GPT2Config)
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    cross_attention: tuple | None = None                # before these blocks of GPT-2; None: at 1/4, 1/2 and 3/4
+
+    def __post_init__(self):
+        for name, kind in (("vit", ViTConfig), ("gpt2", GPT2Config), ("resampler", ResamplerConfig)):
+            if isinstance(getattr(self, name), dict):   # as read from JSON
+                setattr(self, name, kind(**getattr(self, name)))
+        depth = self.gpt2.n_layer
+        at = (depth // 4, depth // 2, depth * 3 // 4) if self.cross_attention is None else self.cross_attention
+        self.cross_attention = tuple(sorted(set(at)))
+        if not all(0 <= i < depth for i in self.cross_attention):
+            raise UserError(f"cross_attention {list(at)} names a block outside GPT-2's 0 to {depth - 1}")
+
+
+class VisionGPT(nn.Module):
+    """The captioner. ViT and GPT-2 are frozen unless `freeze(False)` is called."""
+
+    def __init__(self, config=None, tokenizer=None):
+        super().__init__()
+        self.config = config = config or VisionGPTConfig()
+        self.tokenizer = tokenizer
+        width, dropout = config.gpt2.n_embd, config.resampler.dropout
+        self.vit = ViT(config.vit)
+        self.gpt2 = GPT2(config.gpt2)
+        self.resampler = PerceiverResampler(config.resampler, config.vit.n_embd, width)
+        self.xattn = nn.ModuleDict({str(i): CrossAttention(width, config.gpt2.n_head, dropout)
+                                    for i in config.cross_attention})
+        self.freeze()
+
+    def freeze(self, frozen=True):
+        """Train the fusion alone (True) or everything (False)."""
+        self.frozen = frozen
+        for backbone in (self.vit, self.gpt2):
+            backbone.requires_grad_(not frozen)
+        return self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:                                 # frozen parts always run in eval mode: no dropout in them
+            self.vit.eval()
+            self.gpt2.eval()
+        return self
+
+    @property
+    def end_id(self):
+        """The token that starts and ends every caption: the last of the vocabulary, 50256 in GPT-2's."""
+        return self.config.gpt2.vocab_size - 1
+
+    @property
+    def device(self):
+        return self.resampler.latents.device
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # images and text to logits and loss
+
+    def encode(self, images=None, features=None):
+        """Images (B, 3, S, S), or cached ViT patch tokens (B, N, C_vit), -> visual tokens (B, L, C)."""
+        if features is None:
+            features = self.vit(images.to(self.vit.cls_token.dtype))[:, 1:]               # without the class token
+        elif not torch.is_autocast_enabled(features.device.type):
+            features = features.to(self.resampler.latents.dtype)
+        return self.resampler(features)
+
+    def keys_values(self, visual):
+        """Visual tokens (B, L, C) -> {block: (k, v)} of every cross-attention, each (B, H, L, D)."""
+        return {name: layer.keys_values(visual) for name, layer in self.xattn.items()}
+
+    def hidden(self, tokens, keys_values, groups, cache=None):
+        """The one place where the two worlds meet: GPT-2's blocks, cross-attention before some -> (R, T, C)."""
+        x = self.gpt2.embed(tokens, cache.length if cache else 0)
+        for layer, block in enumerate(self.gpt2.h):
+            if str(layer) in keys_values:
+                x = self.xattn[str(layer)](x, keys_values[str(layer)], groups)
+            x = block(x, cache, layer)
+        if cache:
+            cache.length += tokens.shape[1]
+        return x
+
+    def look(self, tokens, visual, image):
+        """`hidden` of whole captions: row i looks at image[i] of `visual`, or at i; without `visual` at none."""
+        if visual is None:
+            return self.hidden(tokens, {}, None)
+        if image is None and len(visual) != len(tokens):
+            raise UserError(f"{len(tokens)} caption rows and {len(visual)} images: name each row's image with image=")
+        return self.hidden(tokens, self.keys_values(visual), Groups(len(visual), image))
+
+    def forward(self, tokens, visual=None, targets=None, image=None):
+        """Tokens (R, T) -> logits (R, T, V), and the mean cross-entropy over targets other than -100, or None.
+
+        `targets[r, t]` is the token after `tokens[r, t]`. `image` (R,) says which row of `visual` (B, L, C) each caption
+        looks at (default: row i at i). Without `visual` this is plain GPT-2.
+        """
+        logits = self.gpt2.logits(self.look(tokens, visual, image))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    def loss(self, tokens, visual=None, targets=None, image=None, label_smoothing=0.0, reduction="mean"):
+        """`forward`'s loss without its logits: only real targets reach the head, CHUNK at a time.
+
+        `reduction` "sum" leaves the division by the number of targets to the caller.
+        """
+        x = self.look(tokens, visual, image)
+        real = targets != -100
+        x, targets = x[real], targets[real]             # (M, C), (M,): padding never reaches the head
+        x, head = self.gpt2.ln_f(x), self.gpt2.wte.weight
+        if self.frozen:
+            total = HeadLoss.apply(x.to(head.dtype), head, targets, label_smoothing)
+        else:
+            total = head_loss(x, head, targets, label_smoothing)
+        return total if reduction == "sum" else total / len(targets)
+
+    def score(self, images, captions):
+        """Mean log-probability per token, end token counted, of one caption for each image -> (B,) float32."""
+        rows = [self._tokenizer().encode(text) for text in captions]
+        tokens, targets = pad_captions(rows, self.end_id)
+        with torch.inference_mode():
+            logits, _ = self(tokens.to(self.device), self.encode(images.to(self.device)))
+            targets = targets.to(self.device)
+            losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+            return -losses.sum(1) / (targets != -100).sum(1)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # captions
+
+    def preprocess(self, images):
+        """Paths or PIL images -> (B, 3, S, S) float32 on the CPU."""
+        return pictures.preprocess(images, self.config.vit)
+
+    def caption(self, images, batch_size=16, **decoding):
+        """A path or PIL image -> its caption; a list of them -> a list of captions. Takes what `generate` takes."""
+        if not isinstance(images, (list, tuple)):
+            texts = self.generate(self.preprocess([images]), **decoding)
+            return texts[0] if len(texts) == 1 else texts
+        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+        return [text for batch in batches for text in self.generate(self.preprocess(batch), **decoding)]
+
+    def generate(self, images=None, generator=None, return_scores=False, **decoding):
+        """Images (B, 3, S, S), preprocessed, -> num_return_sequences captions each, image after image.
+
+        Takes the fields of DecodingConfig; without images it continues the prompt as plain GPT-2. `generator` seeds
+        sampling. With `return_scores` also log-probability / length**length_penalty of each text. Raises UserError when
+        prompt and max_length do not fit GPT-2's positions.
+        """
+        config = DecodingConfig(**decoding)
+        prompt = self._tokenizer().encode(config.prompt)
+        tokens, scores = self.generate_tokens(images, config, prompt, generator)
+        texts = [self.tokenizer.decode(prompt + row).strip() for row in tokens]
+        return (texts, scores) if return_scores else texts
+
+    @torch.inference_mode()
+    def generate_tokens(self, images, config, prompt=(), generator=None):
+        """`generate` in token ids: (lists of new tokens, scores)."""
+        room = self.config.gpt2.n_positions - 1 - len(prompt)
+        if config.max_length > room:
+            raise UserError(f"max_length {config.max_length} is more than the {room} positions that GPT-2 has left after "
+                            f"a prompt of {len(prompt)} tokens")
+        keys_values, B = {}, 1
+        if images is not None:
+            keys_values = self.keys_values(self.encode(images.to(self.device)))
+            B = len(images)
+        start = torch.tensor([[self.end_id, *prompt]], device=self.device).expand(B, -1)
+        cache = KVCache(self.config.gpt2, B, start.shape[1] + config.max_length, self.device, self.gpt2.wpe.weight.dtype)
+        groups = Groups(B)
+
+        def step(tokens):
+            return self.gpt2.logits(self.hidden(tokens, keys_values, groups, cache)[:, -1])
+
+        return decode(step, cache.select, start, config, self.end_id, generator)
+
+    def _tokenizer(self):
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer: put a tokenizer.json into its folder, or set model.tokenizer")
+        return self.tokenizer
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # save and load
+
+    @classmethod
+    def from_pretrained(cls, folder=None, device="auto", dtype=None, weights=None):
+        """A checkpoint folder -> the model in eval mode; without a folder the one that sample.py would choose.
+
+        `dtype` None is float32 on the CPU and the stored one on a GPU; `weights` is a further folder to look for frozen
+        backbones in. Raises UserError when something is missing, damaged, or not what the fusion was trained with.
+        """
+        folder = Path(folder or checkpoint.find_checkpoint())
+        device = pick_device(device)
+        config = checkpoint.read_config(folder)
+        with torch.device("meta"):
+            model = cls(VisionGPTConfig(**config["model"]))
+        if (folder / "tokenizer.json").exists():
+            model.tokenizer = Tokenizer.load(folder)
+        if config.get("backbones"):
+            tensors = checkpoint.read_tensors(folder / "fusion.safetensors")
+            for name, record in config["backbones"].items():
+                file = checkpoint.find_backbone(name, record, folder, weights)
+                tensors |= {f"{name}.{key}": tensor for key, tensor in checkpoint.read_tensors(file).items()}
+        else:
+            tensors = checkpoint.read_tensors(folder / "model.safetensors")
+        checkpoint.fill(model, tensors, folder)
+        if dtype is None and device.type == "cpu":
+            dtype = torch.float32
+        return model.to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, folder, dtype=None, backbones=None, training=None):
+        """Write a checkpoint folder: everything, or, given where the frozen backbones lie, the fusion alone.
+
+        `dtype` casts what is written (None: as it is); `backbones` is {"vit": file, "gpt2": file}; `training` is a
+        summary kept in config.json.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.to(dtype or t.dtype) for name, t in self.state_dict().items()
+                   if not (backbones and name.startswith(FROZEN))}
+        checkpoint.write_tensors(folder / ("fusion.safetensors" if backbones else "model.safetensors"), tensors)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        config = {"format_version": checkpoint.FORMAT_VERSION, "model": asdict(self.config), "training": training,
+                  "backbones": {name: checkpoint.describe(file, folder) for name, file in (backbones or {}).items()}}
+        with atomic(folder / "config.json") as temporary:
+            Path(temporary).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def pad_captions(rows, end_id):
+    """Lists of tokens -> tokens (R, T), starting with the end token, and targets (R, T), -100 after the final one."""
+    T = 1 + max(map(len, rows), default=0)
+    tokens = torch.full((len(rows), T), end_id)
+    targets = torch.full((len(rows), T), -100)
+    for r, row in enumerate(rows):
+        tokens[r, 1 : 1 + len(row)] = torch.as_tensor(row)
+        targets[r, : 1 + len(row)] = torch.as_tensor([*row, end_id])
+    return tokens, targets
+
+
+def head_loss(x, weight, targets, label_smoothing=0.0):
+    """Summed cross-entropy of hidden states (M, C) against targets (M,), with a trainable head weight (V, C)."""
+    logits = F.linear(x, weight).float()
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+class HeadLoss(torch.autograd.Function):
+    """`head_loss` with a frozen head: the gradient to x is formed chunk by chunk in the forward pass.
+
+    No more than CHUNK rows of logits ever exist. d loss / d logits = softmax(logits) - target distribution.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, label_smoothing):
+        total, V = x.new_zeros((), dtype=torch.float32), len(weight)
+        grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(x), CHUNK):
+            logits = F.linear(x[i : i + CHUNK], weight).float()                            # (chunk, V)
+            target = targets[i : i + CHUNK, None]
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += ((lse - logits.gather(1, target)) * (1 - label_smoothing)).sum()
+            if label_smoothing:
+                total += ((lse - logits.mean(-1, keepdim=True)) * label_smoothing).sum()
+            if grad is not None:
+                probability = logits.sub_(lse).exp_()
+                probability -= label_smoothing / V
+                probability.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=torch.float32))
+                grad[i : i + CHUNK] = probability.to(x.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype), None, None, None

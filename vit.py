@@ -1,0 +1,180 @@
+"""ViT: a picture in, tokens out (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929).
+
+Letters: B batch, N patches, C width, H heads, D head width, S image side. Knows nothing of captions.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+import checkpoint
+from cli import UserError
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),          # OpenAI CLIP
+}
+
+
+@dataclass
+class ViTConfig:
+    """ViT-B/16 as torchvision trained it. What belongs to the weights (eps, activation, norms, mean, std) lives here."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_mlp: int = 3072
+    n_class: int = 0                   # 0: no classification head
+    eps: float = 1e-6                  # 1e-6 for ImageNet ViTs, 1e-5 for CLIP
+    activation: str = "gelu"
+    pre_norm: bool = False             # CLIP: LayerNorm after the positions are added
+    final_norm: bool = True            # CLIP: patch tokens are taken before its last LayerNorm
+    mean: tuple = (0.485, 0.456, 0.406)
+    std: tuple = (0.229, 0.224, 0.225)
+    transform: dict = field(default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
+    dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
+
+    def __post_init__(self):
+        self.mean, self.std = tuple(self.mean), tuple(self.std)
+        if self.image_size % self.patch_size:
+            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"ViT width {self.n_embd} cannot be split over {self.n_head} heads")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"unknown ViT activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+
+    @property
+    def n_patch(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # 3 x (B, H, N, D)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.n_embd, config.n_mlp)
+        self.fc2 = nn.Linear(config.n_mlp, config.n_embd)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.n_embd, eps=config.eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.n_embd, eps=config.eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = x + self.dropout(self.attn(self.norm1(x)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Images (B, 3, S, S), normalised, to tokens (B, 1 + N, C): the class token, then the patches row by row."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config = config or ViTConfig()
+        C, P = config.n_embd, config.patch_size
+        self.patch_embed = nn.Conv2d(3, C, kernel_size=P, stride=P)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.n_patch, C))
+        self.norm_pre = nn.LayerNorm(C, eps=config.eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(C, eps=config.eps) if config.final_norm else nn.Identity()
+        self.head = nn.Linear(C, config.n_class) if config.n_class else None
+        self.apply(self._init)
+        for p in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(p, std=0.02)
+
+    def _init(self, module):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, images):
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)       # (B, N, C)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def classify(self, images):
+        """Class logits (B, classes). Raises UserError when the weights came without a head."""
+        if self.head is None:
+            raise UserError("these ViT weights have no classification head")
+        return self.head(self.forward(images)[:, 0])
+
+    @classmethod
+    def from_pretrained(cls, file):
+        """The ViT in a file written by convert_weights.py. Raises UserError when it is missing, damaged or no ViT."""
+        return checkpoint.load_module(cls, ViTConfig, file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pictures: the one way from a file to the ViT's input, for preparing, training and captioning
+
+
+def load_image(source):
+    """A path, an open file or a PIL image -> an upright RGB PIL image: first frame, transparency over white.
+
+    Raises UserError when the picture cannot be read.
+    """
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image.load()                                                  # reads the first frame, now and not later
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode in ("I", "F"):   # 16 bits or more: Pillow's convert() would clip
+            levels = np.asarray(image, dtype=np.float32)
+            top = 255 if levels.max(initial=0) <= 255 else max(65535, levels.max())
+            image = Image.fromarray((levels.clip(0) * (255 / top)).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UserError(f"cannot read the picture {source}: {reason}") from None
+
+
+def resize(image, size):
+    """Squash a PIL image to (size, size) with Pillow's bilinear filter, the aspect ratio given up."""
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def normalize(pixels, config):
+    """uint8 pixels (B, S, S, 3) -> the ViT's input (B, 3, S, S), float32, on the same device."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (config.mean, config.std))
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def preprocess(images, config):
+    """Paths, open files or PIL images -> (B, 3, S, S) float32 on the CPU. Raises UserError for an unreadable one."""
+    pixels = [np.array(resize(load_image(image), config.image_size)) for image in images]
+    return normalize(torch.from_numpy(np.stack(pixels)), config)
