@@ -1,14 +1,22 @@
 """The prepared set on disk: pictures as raw bytes, captions as tokens; written by the prepare scripts, read by training."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
 
+import checkpoint
 import cli
 from cli import UserError
+from tokenizer import Tokenizer, pad_captions
+from vit import normalize, resize
 
 # ----------------------------------------------------------------------------------------------------------------------
 # writing a prepared set
@@ -25,46 +33,255 @@ def clean_caption(text):
 def write_images(out, pictures, image_size):
     """Begin the set in folder `out`: stream uint8 (S, S, 3) arrays to images.bin, whatever their number; return it.
 
-    What was a set there before stops being one here, until `write_set` completes the new one."""
+    A set that was there is left alone until the last picture has come; then it stops being one, until `write_set`
+    completes the new one. Raises UserError when no picture comes."""
     os.makedirs(out, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(out, "meta.json"))
     path, count = os.path.join(out, "images.bin"), 0
     with open(path + ".partial", "wb") as file:
         for picture in pictures:
             assert picture.shape == (image_size, image_size, 3) and picture.dtype == np.uint8, picture.shape
             file.write(np.ascontiguousarray(picture))
             count += 1
+    if not count:
+        os.remove(path + ".partial")
+        raise UserError("none of the pictures could be read, so there is nothing to prepare")
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(out, "meta.json"))
     os.replace(path + ".partial", path)
     return count
 
 
-def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=None, counts=None, clean=True):
+def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=None, counts=None, clean=True,
+              source=None):
     """Complete the set begun by `write_images`: captions, tokens, splits, and last of all meta.json.
 
     names: one per picture; captions: (picture index, source text) pairs, no text blank; splits: {"train", "val", "test":
     picture indices}; preprocessing: at least image_size; counts: what the summary said, for meta.json; clean: tokens
-    are of `clean_caption(text)`, not of the text itself."""
+    are of `clean_caption(text)`, not of the text itself; source: says what the set was made from."""
     size = preprocessing["image_size"]
     assert os.path.getsize(os.path.join(out, "images.bin")) == len(names) * size * size * 3
     assert set(splits) == {"train", "val", "test"} and tokenizer.vocab_size <= 1 << 16
     texts = [text for _, text in captions]
-    tokens = tokenizer.encode_batch([clean_caption(text) if clean else text for text in texts])
+    tokens, offset = pack(tokenizer, [clean_caption(text) if clean else text for text in texts])
     with cli.atomic(os.path.join(out, "tokens.bin")) as path:
-        np.concatenate([np.array(ids, np.uint16) for ids in tokens]).tofile(path)
+        tokens.tofile(path)
     with cli.atomic(os.path.join(out, "index.npz")) as path, open(path, "wb") as file:     # savez adds .npz to a name
-        np.savez(file, offset=np.cumsum([0] + [len(ids) for ids in tokens], dtype=np.int64),
-                 image=np.array([image for image, _ in captions], np.int32))
+        np.savez(file, offset=offset, image=np.array([image for image, _ in captions], np.int32))
     write_json(os.path.join(out, "captions.json"), texts)
     tokenizer.save(out)
     write_json(os.path.join(out, "meta.json"), {
-        "format_version": FORMAT_VERSION, "images": names,
+        "format_version": FORMAT_VERSION, "source": source, "images": names,
         "image_ids": list(range(len(names))) if image_ids is None else image_ids,
         "splits": {name: [int(i) for i in splits[name]] for name in ("train", "val", "test")},
         "preprocessing": {**preprocessing, "clean_captions": clean},
         "counts": {**(counts or {}), "images": len(names), "captions": len(texts)}})
 
 
+def pack(tokenizer, texts):
+    """Texts -> all their tokens end to end, uint16, and where each begins, int64, one more than there are texts."""
+    tokens = tokenizer.encode_batch(texts)
+    packed = np.concatenate([np.array(ids, np.uint16) for ids in tokens] or [np.empty(0, np.uint16)])
+    return packed, np.cumsum([0] + [len(ids) for ids in tokens], dtype=np.int64)
+
+
 def write_json(path, value):
     with cli.atomic(path) as temporary, open(temporary, "w") as file:
         json.dump(value, file, indent=0)      # ASCII escapes: a lone surrogate in a caption or name must survive
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading a prepared set
+
+class CaptionSet:
+    """A prepared set: `images` (N, S, S, 3) uint8, memory-mapped; `captions` their texts; `splits` image indices.
+
+    Caption c has the tokens tokens[offset[c]:offset[c + 1]] and shows image image_of[c]. Raises UserError when `folder`
+    holds no complete set.
+    """
+
+    def __init__(self, folder, tokenizer=None):
+        self.folder = folder
+        meta = self._read("meta.json")
+        if meta["format_version"] > FORMAT_VERSION:
+            raise UserError(f"{folder} is of a newer format than this code knows; update the code or prepare it again")
+        self.names, self.image_ids = meta["images"], meta["image_ids"]
+        self.splits = {name: np.array(images, dtype=np.int64) for name, images in meta["splits"].items()}
+        self.preprocessing = meta["preprocessing"]
+        size = self.preprocessing["image_size"]
+        self.images = np.memmap(os.path.join(folder, "images.bin"), np.uint8, "r").reshape(-1, size, size, 3)
+        self.captions = self._read("captions.json")
+        index = np.load(os.path.join(folder, "index.npz"))
+        self.offset, self.image_of = index["offset"], index["image"]
+        self.tokens = np.fromfile(os.path.join(folder, "tokens.bin"), np.uint16)
+        own = Tokenizer.load(folder)
+        self.tokenizer = tokenizer or own
+        if self.tokenizer.ranks != own.ranks:                      # the model reads other tokens than were prepared
+            clean = self.preprocessing["clean_captions"]
+            self.tokens, self.offset = pack(self.tokenizer, [clean_caption(t) if clean else t for t in self.captions])
+        if len(self.images) != len(self.names) or self.offset[-1] != len(self.tokens):
+            raise UserError(f"{folder} is damaged: its files do not belong together; prepare it again")
+        order = np.argsort(self.image_of, kind="stable")
+        bounds = np.searchsorted(self.image_of[order], np.arange(len(self.names) + 1))
+        self.captions_of = [order[a:b] for a, b in zip(bounds, bounds[1:])]   # caption indices of each image
+
+    def _read(self, name):
+        try:
+            with open(os.path.join(self.folder, name)) as file:
+                return json.load(file)
+        except FileNotFoundError:
+            raise UserError(f"{self.folder} is no prepared set: make one with python prepare_flickr8k.py (or "
+                            f"prepare_shapes.py) and name its folder with --data") from None
+        except ValueError:
+            raise UserError(f"{self.folder}/{name} is damaged; prepare the set again") from None
+
+    def split(self, name):
+        """Image indices of a split, without images that have no caption. Raises UserError when none is left."""
+        images = [i for i in self.splits[name] if len(self.captions_of[i])]
+        if not images:
+            raise UserError(f"{self.folder} has no {name} images with captions")
+        return np.array(images)
+
+    def references(self, image):
+        """The source captions of an image, as prepared."""
+        return [self.captions[c] for c in self.captions_of[image]]
+
+    def rows(self, images):
+        """All captions of `images`: their tokens as a list of arrays, and the place in `images` that each belongs to."""
+        chosen = [(c, place) for place, image in enumerate(images) for c in self.captions_of[image]]
+        return [self.tokens[self.offset[c] : self.offset[c + 1]] for c, _ in chosen], [place for _, place in chosen]
+
+    def longest(self, images):
+        """Tokens of each image's longest caption."""
+        lengths = np.diff(self.offset)
+        return np.array([lengths[self.captions_of[image]].max() for image in images])
+
+
+def batches(data, images, batch_size, seed, epoch):
+    """The batches of an epoch, image indices each: an order that depends on (seed, epoch) alone.
+
+    Within 32 shuffled batches, images are sorted by their longest caption before they are cut, so that a batch pads
+    little; then the batches are shuffled.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    images = rng.permutation(images)
+    longest, pool = data.longest(images), 32 * batch_size
+    order = np.concatenate([start + np.argsort(longest[start : start + pool], kind="stable")
+                            for start in range(0, len(images), pool)])
+    cut = [images[order[i : i + batch_size]] for i in range(0, len(images), batch_size)]
+    return [cut[i] for i in rng.permutation(len(cut))]
+
+
+def image_hash(data):
+    """SHA-256 of images.bin."""
+    with open(os.path.join(data.folder, "images.bin"), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_features(vit, data, vit_hash, device, dtype, batch_size=32):
+    """Patch tokens of a frozen ViT for every image, (N, patches, C) float16, memory-mapped from features-<hash>.bin.
+
+    Computed once. The hash covers the ViT's weights, its preprocessing, `dtype` and the content of images.bin; what an
+    interrupted run has done lies in *.partial and is gone on from.
+    """
+    config, N = vit.config, len(data.images)
+    key = json.dumps([vit_hash, config.image_size, config.mean, config.std, str(dtype), image_hash(data)])
+    file = os.path.join(data.folder, f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin")
+    partial, row = file + ".partial", config.n_patch * config.n_embd
+    if not os.path.exists(file):
+        with open(partial, "ab") as out:
+            done = out.tell() // (row * 2)                         # whole images only
+            out.truncate(done * row * 2)
+            starts = range(done, N, batch_size)
+            for start in cli.progress(starts, f"ViT features of {N} images: batch"):
+                pixels = torch.from_numpy(data.images[start : start + batch_size])
+                with torch.inference_mode():
+                    tokens = vit(normalize(pixels.to(device), config).to(dtype))[:, 1:].to(torch.float16)
+                    if not tokens.isfinite().all():
+                        raise UserError(f"the ViT's features overflow float16")
+                out.write(tokens.cpu().numpy().tobytes())
+        os.replace(partial, file)
+    return np.memmap(file, np.float16, "r").reshape(N, config.n_patch, config.n_embd)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+def augment(pixels, size, rng):
+    """Random crops of 50-100 % of the area, near square, half of them flipped: uint8 (B, S, S, 3) -> (B, size, size, 3)."""
+    B = len(pixels)
+    area, aspect = rng.uniform(0.5, 1, B), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), B))
+    wide, high = np.minimum(1, np.sqrt(area * aspect)), np.minimum(1, np.sqrt(area / aspect))
+    theta = np.zeros((B, 2, 3), dtype=np.float32)                 # crop = scale and shift of the grid [-1, 1] x [-1, 1]
+    theta[:, 0, 0], theta[:, 1, 1] = wide * rng.choice([-1, 1], B), high
+    theta[:, 0, 2], theta[:, 1, 2] = (1 - wide) * rng.uniform(-1, 1, B), (1 - high) * rng.uniform(-1, 1, B)
+    grid = F.affine_grid(torch.from_numpy(theta), (B, 3, size, size), align_corners=False)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    crops = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return crops.round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def read_pixels(data, images, size):
+    """The stored pictures of `images` at the model's size: uint8 (B, size, size, 3)."""
+    pixels = data.images[images]
+    if pixels.shape[1] != size:
+        pixels = np.stack([np.asarray(resize(Image.fromarray(p), size)) for p in pixels])
+    return torch.from_numpy(pixels)
+
+
+class Eyes:
+    """Image indices -> what `VisionGPT.encode` takes: cached features where the ViT is frozen, else pixels."""
+
+    def __init__(self, model, data, cfg, device, dtype):
+        self.data, self.cfg, self.vit, self.device = data, cfg, model.config.vit, device
+        self.features = None
+        if cfg.blind or cfg.augment or cfg.train == "all":
+            return
+        vit_hash = checkpoint.sha256(model.vit.state_dict())
+        model.vit.to(device=device, dtype=dtype)
+        self.features = torch.from_numpy(cached_features(model.vit, data, vit_hash, device, dtype))
+        size = self.features.numel() * 2
+        if device.type == "cuda" and torch.cuda.mem_get_info()[0] > size + 4e9:      # else streamed from the memory map
+            self.features = self.features.to(device)
+
+    def __call__(self, images, rng=None):
+        """Given `rng`, random crops where cfg asks for them. Runs in the loader's thread."""
+        if self.cfg.blind:
+            S = self.vit.image_size
+            return {"images": torch.zeros(len(images), 3, S, S)}                     # the mean colour, normalised
+        if self.features is not None:
+            return {"features": self.features[torch.from_numpy(images).to(self.features.device)]}
+        if rng is not None and self.cfg.augment:
+            pixels = augment(self.data.images[images], self.vit.image_size, rng)
+        else:
+            pixels = read_pixels(self.data, images, self.vit.image_size)
+        return {"images": normalize(pixels, self.vit)}
+
+
+def collate(data, images, eyes, rng=None):
+    """Image indices -> a batch on the CPU: what is seen, tokens and targets (R, T), the image (R,) of each row."""
+    rows, image = data.rows(images)
+    tokens, targets = pad_captions(rows, data.tokenizer.end_id)
+    return {"seen": eyes(images, rng), "tokens": tokens, "targets": targets, "image": torch.tensor(image),
+            "count": int((targets != -100).sum())}
+
+
+def to_device(batch, device):
+    """Move a batch; `image` stays on the CPU, where its grouping is worked out. Pinned memory lets copies overlap."""
+    def move(tensor):
+        pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+        return pinned.to(device, non_blocking=True)
+    return batch | {"seen": {name: move(t) for name, t in batch["seen"].items()},
+                    "tokens": move(batch["tokens"]), "targets": move(batch["targets"])}
+
+
+def load_ahead(make, numbers):
+    """Yield make(n) for each n, the next one being made in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for n in numbers:
+            ready, waiting = waiting, pool.submit(make, n)
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()

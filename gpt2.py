@@ -54,7 +54,7 @@ class KVCache:
         """Row i goes on from what was row rows[i]: follows the beams, or widens one row to several."""
         if len(rows) != self.k.shape[1]:
             self.k, self.v = self.k[:, rows], self.v[:, rows]
-        elif rows.is_cuda or not torch.equal(rows, torch.arange(len(rows))):     # beams seldom change their order
+        elif rows.device.type != "cpu" or rows.tolist() != list(range(len(rows))):     # beams seldom change order
             for held in (self.k[..., : self.length, :], self.v[..., : self.length, :]):
                 held.copy_(held[:, rows])
 
@@ -123,7 +123,9 @@ class GPT2(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, tokens, start=0):
-        """Tokens (R, T) at positions start, start + 1, ... -> (R, T, C)."""
+        """Tokens (R, T) at positions start, start + 1, ... -> (R, T, C). Raises UserError past the last position."""
+        if start + tokens.shape[1] > self.config.n_positions:
+            raise UserError(f"{start + tokens.shape[1]} tokens are more than GPT-2's {self.config.n_positions} positions")
         return self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]]
 
     def logits(self, x):

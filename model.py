@@ -17,7 +17,7 @@ from cli import UserError, atomic, pick_device
 from decoding import DecodingConfig, decode
 from gpt2 import GPT2, GPT2Config, KVCache
 from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, pad_captions
 from vit import ViT, ViTConfig
 
 FROZEN = ("vit.", "gpt2.")             # prefixes of what comes pretrained; `resampler.` and `xattn.` are the fusion
@@ -45,13 +45,14 @@ class VisionGPTConfig:
 class VisionGPT(nn.Module):
     """The captioner. ViT and GPT-2 are frozen unless `freeze(False)` is called."""
 
-    def __init__(self, config=None, tokenizer=None):
+    def __init__(self, config=None, tokenizer=None, vit=None, gpt2=None):
         super().__init__()
         self.config = config = config or VisionGPTConfig()
         self.tokenizer = tokenizer
+        self.backbones = {}                             # {"vit": file, "gpt2": file} where they were loaded from files
         width, dropout = config.gpt2.n_embd, config.resampler.dropout
-        self.vit = ViT(config.vit)
-        self.gpt2 = GPT2(config.gpt2)
+        self.vit = vit or ViT(config.vit)
+        self.gpt2 = gpt2 or GPT2(config.gpt2)
         self.resampler = PerceiverResampler(config.resampler, config.vit.n_embd, width)
         self.xattn = nn.ModuleDict({str(i): CrossAttention(width, config.gpt2.n_head, dropout)
                                     for i in config.cross_attention})
@@ -87,9 +88,7 @@ class VisionGPT(nn.Module):
         """Images (B, 3, S, S), or cached ViT patch tokens (B, N, C_vit), -> visual tokens (B, L, C)."""
         if features is None:
             features = self.vit(images.to(self.vit.cls_token.dtype))[:, 1:]               # without the class token
-        elif not torch.is_autocast_enabled(features.device.type):
-            features = features.to(self.resampler.latents.dtype)
-        return self.resampler(features)
+        return self.resampler(features.to(self.resampler.latents.dtype))
 
     def keys_values(self, visual):
         """Visual tokens (B, L, C) -> {block: (k, v)} of every cross-attention, each (B, H, L, D)."""
@@ -165,30 +164,34 @@ class VisionGPT(nn.Module):
         batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         return [text for batch in batches for text in self.generate(self.preprocess(batch), **decoding)]
 
-    def generate(self, images=None, generator=None, return_scores=False, **decoding):
-        """Images (B, 3, S, S), preprocessed, -> num_return_sequences captions each, image after image.
+    @torch.inference_mode()
+    def generate(self, images=None, visual=None, generator=None, return_scores=False, **decoding):
+        """Images (B, 3, S, S), preprocessed, or visual tokens -> num_return_sequences captions each, image after image.
 
-        Takes the fields of DecodingConfig; without images it continues the prompt as plain GPT-2. `generator` seeds
+        Takes the fields of DecodingConfig; without either it continues the prompt as plain GPT-2. `generator` seeds
         sampling. With `return_scores` also log-probability / length**length_penalty of each text. Raises UserError when
         prompt and max_length do not fit GPT-2's positions.
         """
         config = DecodingConfig(**decoding)
         prompt = self._tokenizer().encode(config.prompt)
-        tokens, scores = self.generate_tokens(images, config, prompt, generator)
+        self._check_room(prompt, config)
+        if images is not None:
+            visual = self.encode(images.to(self.device))
+        tokens, scores = self.generate_tokens(visual, config, prompt, generator)
         texts = [self.tokenizer.decode(prompt + row).strip() for row in tokens]
         return (texts, scores) if return_scores else texts
 
-    @torch.inference_mode()
-    def generate_tokens(self, images, config, prompt=(), generator=None):
-        """`generate` in token ids: (lists of new tokens, scores)."""
+    def _check_room(self, prompt, config):
         room = self.config.gpt2.n_positions - 1 - len(prompt)
         if config.max_length > room:
             raise UserError(f"max_length {config.max_length} is more than the {room} positions that GPT-2 has left after "
                             f"a prompt of {len(prompt)} tokens")
-        keys_values, B = {}, 1
-        if images is not None:
-            keys_values = self.keys_values(self.encode(images.to(self.device)))
-            B = len(images)
+
+    @torch.inference_mode()
+    def generate_tokens(self, visual, config, prompt=(), generator=None):
+        """`generate` from visual tokens (B, L, C) or None, in token ids: (lists of new tokens, scores)."""
+        self._check_room(prompt, config)
+        keys_values, B = ({}, 1) if visual is None else (self.keys_values(visual), len(visual))
         start = torch.tensor([[self.end_id, *prompt]], device=self.device).expand(B, -1)
         cache = KVCache(self.config.gpt2, B, start.shape[1] + config.max_length, self.device, self.gpt2.wpe.weight.dtype)
         groups = Groups(B)
@@ -205,6 +208,15 @@ class VisionGPT(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------------
     # save and load
+
+    @classmethod
+    def from_backbones(cls, files, tokenizer, dropout=0.1):
+        """An untrained fusion round the pretrained ViT and GPT-2 in files = {"vit": file, "gpt2": file}."""
+        vit, gpt2 = ViT.from_pretrained(files["vit"]), GPT2.from_pretrained(files["gpt2"])
+        config = VisionGPTConfig(vit.config, gpt2.config, ResamplerConfig(dropout=dropout))
+        model = cls(config, tokenizer, vit.float(), gpt2.float())
+        model.backbones = dict(files)
+        return model
 
     @classmethod
     def from_pretrained(cls, folder=None, device="auto", dtype=None, weights=None):
@@ -224,6 +236,7 @@ class VisionGPT(nn.Module):
             tensors = checkpoint.read_tensors(folder / "fusion.safetensors")
             for name, record in config["backbones"].items():
                 file = checkpoint.find_backbone(name, record, folder, weights)
+                model.backbones[name] = file
                 tensors |= {f"{name}.{key}": tensor for key, tensor in checkpoint.read_tensors(file).items()}
         else:
             tensors = checkpoint.read_tensors(folder / "model.safetensors")
@@ -249,17 +262,6 @@ class VisionGPT(nn.Module):
                   "backbones": {name: checkpoint.describe(file, folder) for name, file in (backbones or {}).items()}}
         with atomic(folder / "config.json") as temporary:
             Path(temporary).write_text(json.dumps(config, indent=1) + "\n")
-
-
-def pad_captions(rows, end_id):
-    """Lists of tokens -> tokens (R, T), starting with the end token, and targets (R, T), -100 after the final one."""
-    T = 1 + max(map(len, rows), default=0)
-    tokens = torch.full((len(rows), T), end_id)
-    targets = torch.full((len(rows), T), -100)
-    for r, row in enumerate(rows):
-        tokens[r, 1 : 1 + len(row)] = torch.as_tensor(row)
-        targets[r, : 1 + len(row)] = torch.as_tensor([*row, end_id])
-    return tokens, targets
 
 
 def head_loss(x, weight, targets, label_smoothing=0.0):

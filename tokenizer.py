@@ -5,7 +5,9 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import tiktoken
+import torch
 
 from cli import UserError, atomic
 
@@ -115,6 +117,18 @@ class Tokenizer:
                     where[pair].add(index)
             del pairs[best]
         return cls("bpe", ranks)
+
+
+def pad_captions(rows, end_id):
+    """Lists of tokens -> tokens (R, T), starting with the end token, and targets (R, T), -100 after the final one."""
+    T = 1 + max(map(len, rows), default=0)
+    tokens = np.full((len(rows), T), end_id, dtype=np.int64)
+    targets = np.full((len(rows), T), -100, dtype=np.int64)
+    for r, row in enumerate(rows):
+        n = len(row)
+        tokens[r, 1 : 1 + n] = targets[r, :n] = row
+        targets[r, n] = end_id
+    return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
 def _read_ranks(file):

@@ -118,6 +118,9 @@ class ViT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, images):
+        S = self.config.image_size
+        if images.shape[1:] != (3, S, S):
+            raise UserError(f"images are {tuple(images.shape)}, but this ViT takes (B, 3, {S}, {S}): use preprocess()")
         x = self.patch_embed(images).flatten(2).transpose(1, 2)       # (B, N, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         x = self.norm_pre(x)

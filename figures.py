@@ -1,0 +1,211 @@
+"""Pictures where people would rather look than read: captioned photographs, loss curves, where the model looked."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cli import UserError, atomic
+
+INK, PALE, PAPER = (40, 44, 52), (228, 230, 234), (255, 255, 255)
+LINES = [(31, 108, 180), (225, 87, 42), (20, 148, 110), (150, 80, 170), (200, 150, 0), (120, 120, 120)]
+GAP = 14                                                    # pixels between things
+HEAT = np.array([(10, 5, 60), (110, 25, 150), (220, 55, 110), (255, 140, 50), (255, 245, 150)])   # from unseen to seen
+WIDER_FONTS = "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf", "NotoSans-Regular.ttf"
+
+
+def save(image, path):
+    """Write a picture under a name that says its format. Raises UserError when it says none that Pillow writes."""
+    form = picture_format(path)
+    with atomic(path) as temporary:
+        image.save(temporary, format=form)
+
+
+def picture_format(path):
+    """Pillow's name of the format of `path`. Raises UserError for a name that says none that Pillow writes."""
+    form = Image.registered_extensions().get(Path(path).suffix.lower())
+    if form not in Image.SAVE:
+        raise UserError(f"{path} names no picture format to write; call it {Path(path).stem}.png")
+    return form
+
+
+@lru_cache
+def font(size, ascii=True):
+    """Pillow's own font, which has little beyond ASCII; for other signs one of the system's, where it has one."""
+    for name in () if ascii else WIDER_FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
+def wrap(text, face, width):
+    """Break `text` into lines of at most `width` pixels: at spaces, and within a word that is wider than that."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            if line and face.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            line = f"{line} {word}".lstrip()
+            while len(line) > 1 and face.getlength(line) > width:
+                cut = max(n for n in range(1, len(line)) if n == 1 or face.getlength(line[:n]) <= width)
+                lines.append(line[:cut])
+                line = line[cut:]
+        lines.append(line)
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# captions
+
+
+def contact_sheet(images, texts, columns=4, tile=224, size=15):
+    """PIL images, shrunk or grown to fit `tile` pixels, with the text of each wrapped below it."""
+    images = [image.convert("RGB") for image in images]
+    images = [image.resize(fit(image.size, tile), Image.Resampling.LANCZOS) for image in images]
+    faces = [font(size, text.isascii()) for text in texts]
+    lines = [wrap(text, face, tile) for text, face in zip(texts, faces, strict=True)]
+    step = round(size * 1.3)
+    rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
+    heights = [max(images[i].height for i in row) for row in rows]
+    texts_high = [step * max(len(lines[i]) for i in row) for row in rows]
+    width = GAP + (tile + GAP) * max(1, min(columns, len(images)))
+    sheet = Image.new("RGB", (width, GAP + sum(heights) + sum(texts_high) + 2 * GAP * len(rows)), PAPER)
+    canvas = ImageDraw.Draw(sheet)
+    y = GAP
+    for row, height, text_high in zip(rows, heights, texts_high):
+        for column, i in enumerate(row):
+            x = GAP + column * (tile + GAP)
+            sheet.paste(images[i], (x + (tile - images[i].width) // 2, y + height - images[i].height))
+            for n, line in enumerate(lines[i]):
+                canvas.text((x + tile / 2, y + height + GAP / 2 + n * step), line, INK, faces[i], anchor="ma")
+        y += height + text_high + 2 * GAP
+    return sheet
+
+
+def fit(size, tile):
+    """(width, height) scaled so that the longer side is `tile`."""
+    return tuple(max(1, round(side * tile / max(size))) for side in size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loss curves
+
+
+def loss_curve(curves, title="", width=960, height=540):
+    """A line plot of {name: [(step, value), ...]}; values that are not finite leave a gap."""
+    curves = {name: [(float(x), float(y)) for x, y in points] for name, points in curves.items()}
+    finite = [point for points in curves.values() for point in points if math.isfinite(point[1])]
+    xs, ys = zip(*finite or [(0, 0), (0, 1)])
+    x_ticks = round_ticks(min(0, *xs), max(8, *xs), 8)          # 8: steps are whole numbers
+    y_ticks = round_ticks(min(ys), max(ys), 8)
+    (x0, *_, x1), (y0, *_, y1) = x_ticks, y_ticks
+    left, top, right, bottom = 70, 60, width - 30, height - 60
+
+    def place(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    sheet = Image.new("RGB", (width, height), PAPER)
+    canvas = ImageDraw.Draw(sheet)
+    small = font(14)
+    for y in y_ticks:
+        at = place(x0, y)[1]
+        canvas.line([left, at, right, at], PALE)
+        canvas.text((left - 10, at), number(y, y_ticks), INK, small, anchor="rm")
+    for x in x_ticks:
+        at = place(x, y0)[0]
+        canvas.line([at, bottom, at, bottom + 5], INK)
+        canvas.text((at, bottom + 10), number(x, x_ticks), INK, small, anchor="ma")
+    canvas.line([left, bottom, right, bottom], INK)
+    canvas.text(((left + right) / 2, height - 10), "step", INK, small, anchor="md")
+    canvas.text((left, 30), title, INK, font(18, title.isascii()), anchor="lm")
+    if not finite:
+        canvas.text(((left + right) / 2, (top + bottom) / 2), "nothing measured yet", INK, small, anchor="mm")
+
+    scale = 4                                               # lines are drawn four times as large, then averaged
+    large = sheet.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(large)
+    colours = {name: LINES[i % len(LINES)] for i, name in enumerate(curves)}
+    for name, points in curves.items():
+        for run in runs(points):
+            dots = [tuple(scale * v for v in place(*point)) for point in run]
+            pen.line(dots, colours[name], 2 * scale, joint="curve")
+            for u, v in dots if len(points) < 25 else dots[-1:]:
+                pen.ellipse([u - 3 * scale, v - 3 * scale, u + 3 * scale, v + 3 * scale], colours[name])
+    sheet = large.reduce(scale)
+    canvas, x = ImageDraw.Draw(sheet), right
+    for name, points in reversed(curves.items()):               # the legend, from the right
+        label = f"{name} {points[-1][1]:.4g}" if points else name
+        canvas.text((x, 30), label, INK, small, anchor="rm")
+        x -= small.getlength(label) + 24
+        canvas.rounded_rectangle([x, 29, x + 17, 32], 2, colours[name])
+        x -= 2 * GAP
+    return sheet
+
+
+def runs(points):
+    """Cut [(x, y)] where y is not finite."""
+    run = []
+    for point in [*points, (0, math.nan)]:
+        if math.isfinite(point[1]):
+            run.append(point)
+        elif run:
+            yield run
+            run = []
+
+
+def round_ticks(low, high, most):
+    """At most `most` + 1 multiples of 1, 2 or 5 times a power of ten that hold `low` and `high` between them."""
+    if high - low <= 1e-6 * abs(high):
+        low, high = low - max(0.5, abs(low) / 8), high + max(0.5, abs(high) / 8)
+    step = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(step * m for m in (1, 2, 5, 10, 20) if math.ceil(high / step / m) - math.floor(low / step / m) <= most)
+    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def number(value, ticks):
+    """A tick's number with as many decimals as the distance of the ticks needs."""
+    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    return f"{value:,.{decimals}f}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def attention_sheet(image, words, maps, columns=6, tile=200):
+    """A PIL image plain, then once a word under its map of `maps` (words, h, w): brighter is looked at more.
+
+    Each map is scaled by its own maximum: compare places within a picture, not one picture with another.
+    """
+    image = image.convert("RGB")
+    image = image.resize(fit(image.size, tile), Image.Resampling.LANCZOS)
+    tiles = [heat_over(image, np.asarray(m, dtype=np.float32)) for m in maps]
+    return contact_sheet([image, *tiles], ["", *words], columns, tile)
+
+
+def heat_over(image, weights):
+    """The picture with weights (h, w) of its whole area laid over it, enlarged bilinearly."""
+    weights = Image.fromarray(weights / max(weights.max(), 1e-12)).resize(image.size, Image.Resampling.BILINEAR)
+    weights = np.asarray(weights)
+    stops = np.linspace(0, 1, len(HEAT))
+    heat = np.stack([np.interp(weights, stops, channel) for channel in HEAT.T], axis=-1)
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    seen = weights[..., None]
+    mixed = (1 - seen) * 0.45 * grey + seen * 0.7 * np.asarray(image) + 0.4 * heat         # colour where it looked
+    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
+
+
+def stack(sheets):
+    """PIL images one below the other."""
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
+    y = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, y))
+        y += sheet.height
+    return whole

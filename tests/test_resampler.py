@@ -1,0 +1,124 @@
+"""Resampler and cross-attention against the formulas written out, and rows that share an image against copies of it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cli import UserError
+from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig
+
+TINY = ResamplerConfig(n_latent=5, n_layer=2, n_head=3, head_width=4, n_mlp=7, dropout=0.5)
+
+
+def random_weights(module):
+    torch.manual_seed(0)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return module.eval()
+
+
+def norm(x, ln):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * ln.weight + ln.bias
+
+
+def attention(q, k, v, heads):
+    """q (T, heads * D), k, v (L, heads * D), head by head."""
+    seen = []
+    for q, k, v in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1)):
+        seen.append((q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ v)
+    return torch.cat(seen, dim=-1)
+
+
+def test_fusion_parameter_counts():
+    """Four bytes each: fusion.safetensors is 44 MB, in half precision 22."""
+    with torch.device("meta"):
+        resampler = PerceiverResampler(ResamplerConfig(), 768, 768)
+        cross = [CrossAttention(768, 12, 0.1) for _ in range(3)]
+    counts = [sum(p.numel() for m in modules for p in m.parameters()) for modules in ([resampler], cross)]
+    assert counts == [3_992_576, 7_091_712] and sum(counts) == 11_084_288
+    assert round(sum(counts) * 4 / 1e6) == 44 and round(sum(counts) * 2 / 1e6) == 22
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width_in", [16, 10])
+def test_resampler_equals_its_formula(width_in):
+    resampler = random_weights(PerceiverResampler(TINY, width_in, 16))
+    patches = torch.randn(2, 9, width_in)
+    for row, x in enumerate(patches):
+        x = x @ resampler.project.weight.T + resampler.project.bias if width_in != 16 else x
+        latents = resampler.latents
+        for layer in resampler.layers:
+            assert [getattr(layer, name).bias for name in ("q", "kv", "proj")] == [None] * 3
+            k, v = (norm(x, layer.norm_patches) @ layer.kv.weight.T).chunk(2, dim=-1)      # k first
+            latents = latents + attention(layer.q(norm(latents, layer.norm_latents)), k, v, 3) @ layer.proj.weight.T
+            h = layer.fc1(norm(latents, layer.norm_mlp))
+            latents = latents + layer.fc2(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))))
+        assert torch.allclose(resampler(patches)[row], latents, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cross_attention_equals_its_formula():
+    cross = random_weights(CrossAttention(12, 3, 0.5))
+    x, visual = torch.randn(2, 4, 12), torch.randn(2, 5, 12)
+    out = cross(x, cross.keys_values(visual), Groups(2))
+    for row in range(2):
+        k, v = cross.kv(visual[row]).chunk(2, dim=-1)
+        seen = attention(cross.q(norm(x[row], cross.ln)), k, v, 3)
+        assert torch.allclose(out[row], x[row] + cross.out(seen), atol=1e-5)
+
+
+def test_cross_attention_starts_as_the_identity():
+    cross, x = CrossAttention(12, 3, 0.5), torch.randn(2, 4, 12)
+    assert torch.equal(cross(x, cross.keys_values(torch.randn(2, 5, 12)), Groups(2)), x)
+
+
+@pytest.mark.parametrize("image", [
+    None, [0, 0, 1, 1, 2, 2], [0, 1, 2], [2, 1, 0], [0, 0, 0, 1, 2, 2], [1, 0, 2, 0, 1, 1], [2, 2, 0], [1]])
+def test_rows_that_share_an_image_equal_copies_of_it(image):
+    """In all orders and numbers of captions an image, none included; the gradient to the images too."""
+    cross = random_weights(CrossAttention(12, 3, 0.5))
+    visual = torch.randn(3, 5, 12, requires_grad=True)
+    rows = list(range(3)) if image is None else image
+    x = torch.randn(len(rows), 4, 12)
+    shared = cross(x, cross.keys_values(visual), Groups(3, None if image is None else torch.tensor(image)))
+    copied = cross(x, cross.keys_values(visual[rows]), Groups(len(rows)))
+    assert torch.allclose(shared, copied, atol=1e-5)
+    weight = torch.randn_like(shared)
+    for_shared, = torch.autograd.grad((shared * weight).sum(), visual)
+    for_copied, = torch.autograd.grad((copied * weight).sum(), visual)
+    assert torch.allclose(for_shared, for_copied, atol=1e-4)
+
+
+def test_rows_of_an_image_without_a_map_lie_one_after_the_other():
+    """As in decoding: several beams an image."""
+    cross = random_weights(CrossAttention(12, 3, 0.5))
+    x, keys_values = torch.randn(6, 4, 12), cross.keys_values(torch.randn(2, 5, 12))
+    named = cross(x, keys_values, Groups(2, torch.tensor([0, 0, 0, 1, 1, 1])))
+    assert torch.equal(cross(x, keys_values, Groups(2)), named)
+
+
+@pytest.mark.parametrize("image", [[0, 3], [-1, 0], []])
+def test_groups_refuse_images_that_are_not_there(image):
+    with pytest.raises(UserError, match="one of the 3 images"):
+        Groups(3, torch.tensor(image, dtype=torch.long))
+
+
+def test_fusion_drops_out_in_training_only():
+    resampler, patches = random_weights(PerceiverResampler(TINY, 16, 16)), torch.randn(1, 9, 16)
+    cross, x = random_weights(CrossAttention(16, 4, 0.5)), torch.randn(1, 4, 16)
+    for module, out in ((resampler, lambda: resampler(patches)),
+                        (cross, lambda: cross(x, cross.keys_values(patches), Groups(1)) - x)):
+        assert torch.equal(out(), out())
+        module.train()
+        assert not torch.equal(out(), out())
+        dropped = [(out() == 0).float().mean() for _ in range(50)]
+        assert module is resampler or 0.4 < sum(dropped) / 50 < 0.6
+
+
+@pytest.mark.parametrize("name", ["n_latent", "n_layer", "n_head", "head_width", "n_mlp"])
+def test_resampler_config_refuses_none_of_something(name):
+    with pytest.raises(UserError, match=f"{name} is 0"):
+        ResamplerConfig(**{name: 0})

@@ -1,0 +1,491 @@
+"""Train Vision-GPT: the fusion round frozen pretrained backbones, or a small model from scratch.
+
+  python train.py --preset shapes       everything from scratch on drawn scenes: minutes on a laptop, no download
+  python train.py                       the fusion on Flickr8k, after prepare_flickr8k.py and convert_weights.py
+  python train.py --resume              go on with a run that was stopped anywhere, with the same flags
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoint
+import cli
+import figures
+from cli import UserError, flag
+from data import CaptionSet, Eyes, batches, collate, load_ahead, to_device
+from gpt2 import GPT2Config
+from metrics import judge
+from model import VisionGPT, VisionGPTConfig
+from resampler import ResamplerConfig
+from tokenizer import Tokenizer
+from vit import ViTConfig
+
+
+@dataclass
+class TrainConfig:
+    preset: str = flag("flickr8k", "defaults to start from", choices=["flickr8k", "mini", "shapes"])
+    data: str = flag("data/flickr8k", "prepared set")
+    out: str = flag("", "checkpoint folder; out/PRESET when empty")
+    weights: str = flag("weights", "folder of vit.safetensors and gpt2.safetensors, from convert_weights.py")
+    vit: str = flag("", "ViT file, if it is not the one in --weights")
+    gpt2: str = flag("", "GPT-2 file, if it is not the one in --weights")
+    init_from: str = flag("", "fine-tune the model in this checkpoint folder")
+    train: str = flag("fusion", "what is trained: the resampler and cross-attention, or all", choices=["fusion", "all"])
+    epochs: int = flag(8, "passes over the training images")
+    max_steps: int = flag(0, "stop after so many optimizer steps; 0: when the epochs are done")
+    batch_size: int = flag(32, "images per forward pass; all their captions come along")
+    grad_accumulation: int = flag(1, "forward passes per optimizer step")
+    learning_rate: float = flag(5e-4, "peak learning rate")
+    min_lr: float = flag(5e-5, "learning rate at the end of the cosine")
+    warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
+    weight_decay: float = flag(0.01, "AdamW's, on matrices only")
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 is off")
+    dropout: float = flag(0.1, "on attention and MLP outputs of what is trained")
+    label_smoothing: float = flag(0.0, "share of each target spread over the vocabulary, in training only")
+    augment: bool = flag(False, "random crops and flips; the ViT's features are then not cached")
+    blind: bool = flag(False, "replace every picture by the same grey one: the caption-only baseline")
+    eval_interval: int = flag(200, "optimizer steps between evaluations")
+    eval_images: int = flag(500, "validation images per evaluation, with all their captions")
+    save_interval: int = flag(200, "optimizer steps between saves of the training state")
+    log_interval: int = flag(20, "optimizer steps between log lines")
+    num_samples: int = flag(4, "validation captions shown at each evaluation")
+    seed: int = flag(1, "of initial weights, order, augmentation and dropout")
+    device: str = flag("auto", "where to compute", choices=cli.DEVICES)
+    dtype: str = flag("auto", "of forward and backward; auto: bfloat16 or float16 on a GPU, float32 on the CPU",
+                      choices=cli.DTYPES)
+    compile: bool = flag(False, "torch.compile the model: slower to start")
+    tracker: str = flag("none", "also log to wandb or tensorboard", choices=["none", "wandb", "tensorboard"])
+    resume: bool = flag(False, "go on with the run in --out; its saved settings rule, but for lengths and intervals")
+    overwrite: bool = flag(False, "start anew in a folder that holds a run")
+
+    def __post_init__(self):
+        self.out = self.out or f"out/{self.preset}"
+        for name, low in dict(epochs=1, max_steps=0, batch_size=1, grad_accumulation=1, learning_rate=0, min_lr=0, warmup_steps=0,
+                              weight_decay=0, grad_clip=0, dropout=0, label_smoothing=0, eval_interval=1, eval_images=1,
+                              save_interval=1, log_interval=1, num_samples=0, seed=0).items():
+            if getattr(self, name) < low:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {low}")
+        if self.resume and self.overwrite:
+            raise UserError("--resume goes on with the run, --overwrite throws it away: give one of them")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError("training runs on one GPU: start it with python train.py, without torchrun or WORLD_SIZE")
+
+
+MINI_VOCABULARY = 4096                 # tokens of the BPE that the mini preset trains on its captions
+
+PRESETS = {
+    "flickr8k": {},
+    "mini": dict(train="all", batch_size=64, epochs=60, learning_rate=1e-3, min_lr=1e-5, warmup_steps=200, weight_decay=0.05,
+                 dropout=0.1, label_smoothing=0.1, augment=True),
+    "shapes": dict(data="data/shapes", train="all", batch_size=32, epochs=8, learning_rate=1e-3, min_lr=1e-5,
+                   dropout=0.0, eval_images=100),
+}
+# may differ between a run and its --resume: they do not change what a step computes
+RESUMABLE = ("epochs", "max_steps", "eval_interval", "save_interval", "log_interval", "device", "compile", "tracker",
+             "num_samples", "resume")
+
+
+def scratch_config(preset, vocab_size, n_positions, dropout):
+    """The small models that are trained from scratch, by preset."""
+    if preset == "shapes":
+        vit = ViTConfig(image_size=64, patch_size=8, n_layer=4, n_head=4, n_embd=128, n_mlp=256)
+        gpt2 = GPT2Config(n_layer=4, n_head=4, n_embd=128)
+        resampler = ResamplerConfig(n_latent=16, n_layer=2, n_head=4, head_width=32, n_mlp=256)
+    else:
+        vit = ViTConfig(image_size=128, patch_size=16, n_layer=6, n_head=4, n_embd=256, n_mlp=768)
+        gpt2 = GPT2Config(n_layer=4, n_head=4, n_embd=256)
+        resampler = ResamplerConfig(n_latent=32, n_layer=1, n_head=4, head_width=64, n_mlp=256)
+    gpt2.vocab_size, gpt2.n_positions = vocab_size, n_positions
+    vit.dropout = gpt2.dropout = resampler.dropout = dropout
+    return VisionGPTConfig(vit, gpt2, resampler)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pieces of the loop
+
+
+def learning_rate(step, total, cfg):
+    """Linear warm-up to the peak, then a cosine down to min_lr at the last of `total` steps."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+
+def make_optimizer(model, cfg):
+    """AdamW over what is trained; weight decay on matrices only, not on norms, biases and latents."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrix = [p for name, p in named if p.ndim >= 2 and not name.endswith(("latents", "_token", "_embed"))]
+    other = [p for name, p in named if p.ndim < 2 or name.endswith(("latents", "_token", "_embed"))]
+    groups = [{"params": matrix, "weight_decay": cfg.weight_decay}, {"params": other, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.98 if cfg.train == "all" else 0.999),
+                             fused=model.device.type in ("cpu", "cuda"))
+
+
+@torch.no_grad()
+def validate(model, data, eyes, images, batch_size, autocast):
+    """Mean loss per target over all captions of `images`, with their own image and with a neighbour's in the batch."""
+    model.eval()
+    images = images[np.argsort(data.longest(images), kind="stable")]
+    own = other = count = 0.0
+    for part in np.array_split(images, math.ceil(len(images) / batch_size)):
+        batch = to_device(collate(data, part, eyes), model.device)
+        with autocast():
+            visual = model.encode(**batch["seen"])
+            args = dict(visual=visual, targets=batch["targets"], reduction="sum")
+            own += model.loss(batch["tokens"], image=batch["image"], **args).item()
+            other += model.loss(batch["tokens"], image=(batch["image"] + 1) % len(part), **args).item()
+        count += batch["count"]
+    model.train()
+    return own / count, other / count
+
+
+def write_captions(model, data, eyes, images, autocast):
+    """Greedy captions of `images`."""
+    model.eval()
+    texts = []
+    for i in range(0, len(images), 32):
+        with autocast(), torch.inference_mode():
+            seen = {name: t.to(model.device) for name, t in eyes(images[i : i + 32]).items()}
+            visual = model.encode(**seen)
+        with autocast():
+            texts += model.generate(visual=visual)
+    model.train()
+    return texts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def open_folder(cfg):
+    """Make the checkpoint folder ours for the time of the run, and see that no other run is in it."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
+    with contextlib.suppress(ImportError):                        # Windows has no flock
+        import fcntl
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is training in {out}; wait for it, or name another folder with --out") from None
+    made = ["training_state.pt", "log.jsonl", "config.json", "fusion.safetensors", "model.safetensors"]
+    held = [name for name in made if (out / name).exists()]
+    if held and cfg.overwrite:
+        for name in held:
+            (out / name).unlink()
+    elif held and not cfg.resume:
+        raise UserError(f"{out} holds a run: go on with --resume, throw it away with --overwrite, or name another --out")
+    return out, lock
+
+
+def settings(given):
+    """Flags given on the command line -> TrainConfig: the preset's defaults, or the saved ones of a run to resume."""
+    base = {**PRESETS[given.get("preset", "flickr8k")], **given}
+    cfg = TrainConfig(**base)
+    state_file = Path(cfg.out) / "training_state.pt"
+    if not cfg.resume:
+        return cfg, None
+    if not state_file.exists():
+        print(f"{state_file} does not exist: starting at step 0", file=sys.stderr)
+        return cfg, None
+    try:
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        saved = state["config"]
+    except Exception as error:                                    # a damaged file fails in many ways
+        raise UserError(f"{state_file} is damaged ({type(error).__name__}); start again with --overwrite") from None
+    for name, value in given.items():
+        if name not in RESUMABLE and name != "out" and value != saved[name]:
+            raise UserError(f"the run in {cfg.out} was started with {name} {saved[name]!r}, not {value!r}; "
+                            f"leave the flag out to go on with it, or start a new run in another --out")
+    return TrainConfig(**{**saved, **{k: v for k, v in given.items() if k in RESUMABLE}, "out": cfg.out}), state
+
+
+def build_model(cfg):
+    """The model to train, on the CPU in float32, and the data in its tokens."""
+    if cfg.init_from:
+        model = VisionGPT.from_pretrained(cfg.init_from, device="cpu", weights=cfg.weights, dtype=torch.float32)
+        set_dropout(model, cfg.dropout, everywhere=cfg.train == "all")
+        return model, CaptionSet(cfg.data, model._tokenizer())
+    if cfg.preset == "flickr8k":
+        files = {"vit": cfg.vit or f"{cfg.weights}/vit.safetensors", "gpt2": cfg.gpt2 or f"{cfg.weights}/gpt2.safetensors"}
+        folder = Path(files["gpt2"]).parent
+        tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+        data = CaptionSet(cfg.data, tokenizer)
+        return VisionGPT.from_backbones(files, data.tokenizer, cfg.dropout), data
+    data = CaptionSet(cfg.data)
+    if cfg.preset == "mini":
+        texts = [text for i in data.split("train") for text in data.references(i)]
+        data = CaptionSet(cfg.data, Tokenizer.train(texts, MINI_VOCABULARY))
+    positions = max(64, 1 + int(np.diff(data.offset).max()))
+    return VisionGPT(scratch_config(cfg.preset, data.tokenizer.vocab_size, positions, cfg.dropout), data.tokenizer), data
+
+
+def set_dropout(model, p, everywhere):
+    """Give the fusion, or with `everywhere` the backbones too, the dropout of this run."""
+    parts = [model.resampler, model.xattn] + ([model.vit, model.gpt2] if everywhere else [])
+    for module in (m for part in parts for m in part.modules() if isinstance(m, torch.nn.Dropout)):
+        module.p = p
+
+
+def compute_dtype(name, device):
+    """The dtype of forward and backward, or None for plain float32. bfloat16 where a GPU has it, else float16."""
+    dtype = cli.pick_dtype(name)
+    if dtype is None and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return None if dtype == torch.float32 else dtype
+
+
+def check_lengths(data, model):
+    """Raise UserError when a caption is longer than GPT-2's positions."""
+    longest, room = int(np.diff(data.offset).max()), model.config.gpt2.n_positions - 1
+    if longest > room:
+        text = data.captions[int(np.diff(data.offset).argmax())]
+        raise UserError(f"a caption of {longest} tokens does not fit GPT-2's {room} positions: {text[:60]!r}...")
+
+
+def peak_memory(device):
+    """Gigabytes: allocated on the GPU, else resident in this process, at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def say(line):
+    print(line, flush=True)
+
+
+class Log:
+    """log.jsonl, a JSON object a line: cut back to the step that the run goes on from; wandb or tensorboard on request."""
+
+    def __init__(self, file, step, cfg):
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+        with cli.atomic(file) as temporary:
+            Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.file, self.send = open(file, "a"), None
+        try:
+            if cfg.tracker == "wandb":
+                import wandb
+                run = wandb.init(project="vision-gpt", config=dataclasses.asdict(cfg), resume="allow")
+                self.send = lambda step, values: run.log(values, step=step)
+            elif cfg.tracker == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(cfg.out)
+                self.send = lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
+        except ImportError:
+            raise UserError(f"--tracker {cfg.tracker} needs it installed: pip install {cfg.tracker}") from None
+
+    def write(self, step, **values):
+        self.rows.append({"step": step, **values})
+        self.file.write(json.dumps(self.rows[-1]) + "\n")
+        self.file.flush()
+        if self.send:
+            self.send(step, values)
+
+    def curve(self, name):
+        return [(row["step"], row[name]) for row in self.rows if name in row]
+
+
+class StopSignal:
+    """Within it, Ctrl-C and SIGTERM only set `asked`, so that the step is finished and saved; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        def ask(number, frame):
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in getattr(self, "before", {}).items():
+            signal.signal(number, handler)
+
+
+def finish(cfg, out, log, images, model, data, eyes, autocast):
+    """What one looks at after a run: loss.png, samples.png, and for drawn scenes the share of right captions."""
+    figures.loss_curve({name: log.curve(name) for name in ("loss", "val_loss", "val_loss_shuffled")}).save(out / "loss.png")
+    shown = images["val"][:12]
+    texts = write_captions(model, data, eyes, shown, autocast)
+    figures.contact_sheet([Image.fromarray(data.images[i]) for i in shown], texts).save(out / "samples.png")
+    say(f"{out} holds the best model, log.jsonl, loss.png and samples.png")
+    if Path(cfg.data, "scenes.jsonl").exists():
+        scenes = [json.loads(line) for line in Path(cfg.data, "scenes.jsonl").read_text().splitlines()]
+        test = data.split("test")
+        texts = write_captions(model, data, eyes, test, autocast)
+        right = sum(judge(text, scenes[i]) for text, i in zip(texts, test))
+        say(f"{right} of {len(test)} greedy captions of unseen test scenes are right in every word "
+            f"({100 * right / len(test):.1f} %)")
+
+
+def train(cfg, state=None):
+    """Train as `cfg` says, from `state` where a run goes on; returns the best validation loss.
+
+    What is random in a step (order, crops, dropout) follows from (seed, step) alone, so a resumed run repeats exactly
+    what an unbroken one would have done. Raises UserError for what the user can mend.
+    """
+    device = cli.pick_device(cfg.device)
+    amp = compute_dtype(cfg.dtype, device)
+    out, lock = open_folder(cfg)
+    if cfg.preset == "shapes" and not Path(cfg.data, "meta.json").exists():
+        import prepare_shapes
+        prepare_shapes.prepare(prepare_shapes.ShapesConfig(out=cfg.data))
+    torch.manual_seed(cfg.seed)
+    model, data = build_model(cfg)
+    model.freeze(cfg.train == "fusion")
+    drawn = Path(cfg.data, "scenes.jsonl").exists()
+    images = {name: data.split(name) for name in ("train", "val")}
+    check_lengths(data, model)
+    hashes = {name: checkpoint.read_metadata(file).get("sha256") for name, file in model.backbones.items()}
+    if state and state["backbones"] != hashes:
+        raise UserError(f"the frozen weights are not those that the run in {out} was started with")
+
+    eyes = Eyes(model, data, cfg, device, amp or torch.float32)
+    if model.frozen and amp:
+        model.vit.to(amp)
+        model.gpt2.to(amp)
+    model.to(device)
+    if eyes.features is not None:
+        model.vit.to("cpu")                                       # its work is done
+    optimizer = make_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    step, best, epoch_size = 0, math.inf, math.ceil(len(images["train"]) / cfg.batch_size)
+    total = max(1, cfg.epochs * epoch_size // cfg.grad_accumulation)
+    total = min(total, cfg.max_steps) if cfg.max_steps else total
+    if state:
+        for name, p in trained.items():
+            p.data.copy_(state["model"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        step, best = state["step"], state["best"]
+        if not any((out / name).exists() for name in ("fusion.safetensors", "model.safetensors")):
+            best = math.inf
+    log = Log(out / "log.jsonl", step, cfg)
+    say(f"{sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters trained on "
+        f"{len(images['train']):,} images of {cfg.data}; {total} steps on {device}, {amp or torch.float32}")
+
+    @functools.lru_cache(2)
+    def order(epoch):
+        return batches(data, images["train"], cfg.batch_size, cfg.seed, epoch)
+
+    def make_step(step):
+        """The batches of an optimizer step."""
+        parts = []
+        for n in range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation):
+            rng = np.random.default_rng([cfg.seed, 1, n])
+            parts.append(collate(data, order(n // epoch_size)[n % epoch_size], eyes, rng))
+        return parts
+
+    def autocast():
+        return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
+
+    def save_state():
+        with cli.atomic(out / "training_state.pt") as file:
+            torch.save({"model": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(), "step": step, "best": best, "config": dataclasses.asdict(cfg),
+                        "backbones": hashes}, file)
+
+    def evaluate():
+        nonlocal best
+        chosen = images["val"][: cfg.eval_images]
+        own, other = validate(model, data, eyes, chosen, cfg.batch_size, autocast)
+        log.write(step, val_loss=own, val_loss_shuffled=other)
+        say(f"step {step}: validation loss {own:.4f}, with another image {other:.4f}")
+        shown = chosen[: cfg.num_samples]
+        for image, text in zip(shown, write_captions(model, data, eyes, shown, autocast)):
+            say(f"  {data.names[image]}: {text}   (reference: {data.references(image)[0]})")
+        if own < best:
+            best = own
+            summary = dict(step=step, val_loss=own, val_loss_shuffled=other, preset=cfg.preset, data=cfg.data,
+                           photographs=not drawn, blind=cfg.blind)
+            model.save_pretrained(out, torch.float32, model.backbones if model.frozen else None, summary)
+
+    loss_of = torch.compile(model.loss) if cfg.compile else model.loss
+    losses, captions, started, stop = [], 0, time.monotonic(), StopSignal()
+    model.train()
+    with stop:
+        for parts in load_ahead(make_step, range(step, total)):
+            torch.manual_seed(cfg.seed * 1_000_003 + step)
+            lr = learning_rate(step, total, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            count, step_loss = sum(part["count"] for part in parts), 0.0
+            for part in parts:
+                part = to_device(part, device)
+                with autocast():
+                    loss = loss_of(part["tokens"], visual=model.encode(**part["seen"]), targets=part["targets"],
+                                   image=part["image"], label_smoothing=cfg.label_smoothing, reduction="sum") / count
+                scaler.scale(loss).backward()
+                step_loss = step_loss + loss.detach()
+                captions += len(part["tokens"])
+            scaler.unscale_(optimizer)
+            if cfg.grad_clip:
+                torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(step_loss)
+            step += 1
+
+            last = step == total or stop.asked
+            evaluates, saves = step % cfg.eval_interval == 0 or step == total, step % cfg.save_interval == 0 or last
+            if step % cfg.log_interval == 0 or evaluates or saves or device.type == "cpu":
+                values = torch.stack(losses).tolist()             # on a GPU the one place where the host waits for it
+                if not all(map(math.isfinite, values)):
+                    bad = step - len(values) + next(i for i, v in enumerate(values, 1) if not math.isfinite(v))
+                    raise UserError(f"the loss became {values[bad - step - 1]} at step {bad}; {out} holds the last good "
+                                    f"checkpoint: lower --learning-rate, or use --dtype float32")
+            if step % cfg.log_interval == 0 or last:
+                speed, memory = captions / (time.monotonic() - started), peak_memory(device)
+                log.write(step, loss=sum(values) / len(values), lr=lr, captions_per_s=round(speed, 1), memory_gb=memory)
+                left = (total - step) * (time.monotonic() - started) / len(values)
+                say(f"step {step}/{total}  loss {sum(values) / len(values):.4f}  lr {lr:.1e}  {speed:.0f} captions/s  "
+                    f"{memory:.1f} GB  {cli.clock(left)} left")
+                losses, captions, started = [], 0, time.monotonic()
+            if evaluates:
+                before = time.monotonic()
+                evaluate()
+                started += time.monotonic() - before
+            if saves:
+                save_state()
+            if stop.asked:
+                say(f"stopped after step {step}; go on with the same command and --resume")
+                raise KeyboardInterrupt
+    finish(cfg, out, log, images, model, data, eyes, autocast)
+    return best
+
+
+def main():
+    cfg, state = settings(cli.parse(TrainConfig, __doc__))
+    try:
+        train(cfg, state)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"out of memory: lower --batch-size ({cfg.batch_size}) and raise --grad-accumulation "
+                            f"({cfg.grad_accumulation}) as much; --dtype bfloat16 needs less too") from None
+        raise
+
+
+if __name__ == "__main__":
+    cli.run(main)
