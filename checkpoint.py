@@ -16,14 +16,20 @@ from cli import UserError, atomic
 def write_tensors(file, tensors, **metadata):
     """Write named tensors to a safetensors file; each keyword becomes a JSON string in its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(file) as temporary:
-        save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+    try:
+        with atomic(file) as temporary:
+            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot write {file}: {error}") from None
 
 
 def read_metadata(file):
-    """The metadata that `write_tensors` stored. Raises UserError for a file that is missing or no safetensors file."""
+    """The metadata that `write_tensors` stored. Raises UserError for a file that is missing, damaged or not ours."""
     with _open(file) as opened:
-        return {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+        try:
+            return {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+        except ValueError:
+            raise UserError(f"{file} was written by another program: convert it with convert_weights.py") from None
 
 
 def read_tensors(file):
@@ -38,7 +44,7 @@ def _open(file):
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; see python convert_weights.py --help") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}); write it again") from None
+        raise UserError(f"{file} is not a whole safetensors file ({error}); download or write it again") from None
 
 
 def sha256(tensors):
@@ -60,10 +66,19 @@ def load_module(module_class, config_class, file):
     metadata = read_metadata(file)
     if metadata.get("kind") != module_class.__name__:
         raise UserError(f"{file} does not hold a {module_class.__name__} written by convert_weights.py")
-    with torch.device("meta"):
-        module = module_class(config_class(**metadata["config"]))
+    module = build(module_class, config_class, metadata.get("config"), file)
     fill(module, read_tensors(file), file)
     return module.eval()
+
+
+def build(module_class, config_class, settings, source):
+    """A module without storage, of the config that `source` holds. Raises UserError for settings unknown here."""
+    try:
+        config = config_class(**settings)
+    except TypeError as error:
+        raise UserError(f"the model config in {source} is damaged or newer than this code ({error})") from None
+    with torch.device("meta"):
+        return module_class(config)
 
 
 def fill(module, tensors, source):
@@ -91,13 +106,14 @@ def read_config(folder):
     file = Path(folder) / "config.json"
     try:
         config = json.loads(file.read_text())
-        version = config["format_version"]
+        newer = config["format_version"] > FORMAT_VERSION
     except OSError:
         raise UserError(f"{folder} is no checkpoint folder: it has no config.json") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged") from None
-    if version > FORMAT_VERSION:
-        raise UserError(f"{folder} is of format {version}, newer than the {FORMAT_VERSION} known here; update the code")
+    if newer:
+        raise UserError(f"{folder} is of format {config['format_version']}, newer than the {FORMAT_VERSION} known here; "
+                        f"update the code")
     return config
 
 

@@ -18,9 +18,12 @@ class UserError(ValueError):
 # flags
 
 
-def flag(default, help, choices=None, metavar=None, positional=False):
-    """A dataclass field that is also a command-line flag; a callable default (list, dict) is called for each instance."""
-    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional)
+def flag(default, help, choices=None, metavar=None, positional=False, const=None):
+    """A dataclass field that is also a command-line flag; a callable default (list, dict) is called for each instance.
+
+    With `const` the flag may come without a value, and then means `const`.
+    """
+    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional, const=const)
     kind = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**kind, metadata=metadata)
 
@@ -30,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None):
         args = [self._dashes(a) for a in (sys.argv[1:] if args is None else args)]
-        known, unknown = self.parse_known_args(args)
+        known, unknown = self.parse_known_intermixed_args(args)      # positionals may stand between flags
         if unknown:
             name = unknown[0].split("=")[0]
             self.error(f"unknown argument {name}{nearest(name, self._option_string_actions)}; see --help")
@@ -67,9 +70,8 @@ def parse(config_class, description, args=None):
             continue
         meta, kind = field.metadata, types[field.name]
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        text = meta["help"].replace("%", "%%")
-        if default not in (None, "", [], False):
-            text += f" [{default}]"
+        text = meta["help"] if default in (None, "", []) else f"{meta['help']} [{default}]"
+        text = text.replace("%", "%%")
         members = [t for t in typing.get_args(kind) if t is not type(None)]       # `float | None` -> float
         is_list = typing.get_origin(kind) is list
         base = members[0] if members else kind
@@ -79,6 +81,8 @@ def parse(config_class, description, args=None):
         option = "--" + field.name.replace("_", "-")
         if base is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+        elif meta["const"] is not None:
+            parser.add_argument(option, type=base, nargs="?", const=meta["const"], help=text, metavar=meta["metavar"])
         else:
             parser.add_argument(option, type=base, action="extend" if is_list else "store", help=text,
                                 nargs="+" if is_list else None, choices=meta["choices"], metavar=meta["metavar"])
@@ -86,17 +90,19 @@ def parse(config_class, description, args=None):
 
 
 def run(main):
-    """Call `main()` and end the way a user expects: a UserError is one line on stderr and exit status 1."""
+    """Call `main()` and end the way a user expects: what the user can mend is one line on stderr and exit status 1."""
     try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                      # the reader of our stdout went away, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (UserError, OSError) as error:        # OSError: no space left, no permission
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import checkpoint
@@ -36,18 +35,17 @@ def write_images(out, pictures, image_size):
     A set that was there is left alone until the last picture has come; then it stops being one, until `write_set`
     completes the new one. Raises UserError when no picture comes."""
     os.makedirs(out, exist_ok=True)
-    path, count = os.path.join(out, "images.bin"), 0
-    with open(path + ".partial", "wb") as file:
-        for picture in pictures:
-            assert picture.shape == (image_size, image_size, 3) and picture.dtype == np.uint8, picture.shape
-            file.write(np.ascontiguousarray(picture))
-            count += 1
-    if not count:
-        os.remove(path + ".partial")
-        raise UserError("none of the pictures could be read, so there is nothing to prepare")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(out, "meta.json"))
-    os.replace(path + ".partial", path)
+    count = 0
+    with cli.atomic(os.path.join(out, "images.bin")) as path:
+        with open(path, "wb") as file:
+            for picture in pictures:
+                assert picture.shape == (image_size, image_size, 3) and picture.dtype == np.uint8, picture.shape
+                file.write(np.ascontiguousarray(picture))
+                count += 1
+        if not count:
+            raise UserError("none of the pictures could be read, so there is nothing to prepare")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(out, "meta.json"))
     return count
 
 
@@ -209,16 +207,14 @@ def cached_features(vit, data, vit_hash, device, dtype, batch_size=32):
 
 def augment(pixels, size, rng):
     """Random crops of 50-100 % of the area, near square, half of them flipped: uint8 (B, S, S, 3) -> (B, size, size, 3)."""
-    B = len(pixels)
-    area, aspect = rng.uniform(0.5, 1, B), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), B))
-    wide, high = np.minimum(1, np.sqrt(area * aspect)), np.minimum(1, np.sqrt(area / aspect))
-    theta = np.zeros((B, 2, 3), dtype=np.float32)                 # crop = scale and shift of the grid [-1, 1] x [-1, 1]
-    theta[:, 0, 0], theta[:, 1, 1] = wide * rng.choice([-1, 1], B), high
-    theta[:, 0, 2], theta[:, 1, 2] = (1 - wide) * rng.uniform(-1, 1, B), (1 - high) * rng.uniform(-1, 1, B)
-    grid = F.affine_grid(torch.from_numpy(theta), (B, 3, size, size), align_corners=False)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
-    crops = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    return crops.round().to(torch.uint8).permute(0, 2, 3, 1)
+    out, S = [], pixels.shape[1]
+    for picture in pixels:
+        area, aspect = rng.uniform(0.5, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        wide, high = S * min(1, np.sqrt(area * aspect)), S * min(1, np.sqrt(area / aspect))
+        left, top = rng.uniform(0, S - wide), rng.uniform(0, S - high)
+        crop = Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, (left, top, left + wide, top + high))
+        out.append(np.asarray(crop)[:, :: rng.choice([1, -1])])
+    return torch.from_numpy(np.stack(out))
 
 
 def read_pixels(data, images, size):

@@ -34,8 +34,8 @@ class DecodingConfig:
                 raise UserError(f"{name} is {value}, but must be {'above 0' if low == 1e-9 else f'at least {low}'}")
         if self.top_p is not None and self.top_p > 1:
             raise UserError(f"top_p is {self.top_p}, but is a probability: at most 1")
-        if self.min_length >= self.max_length > 1 or self.min_length > self.max_length:
-            raise UserError(f"min_length {self.min_length} leaves no room in max_length {self.max_length}")
+        if self.min_length > self.max_length:
+            raise UserError(f"min_length {self.min_length} is more than max_length {self.max_length}")
         if self.samples and self.num_beams > 1:
             raise UserError("beam search does not sample: give num_beams, or temperature, top_k and top_p, not both")
         if not self.samples and self.num_return_sequences > self.num_beams:

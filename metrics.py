@@ -45,14 +45,14 @@ def _token_pattern():
         # markup, addresses, brackets already spelled out, emoticons
         <[/!?]?[A-Za-z][^<>]*>
       | (?:https?://|www\.)[^\s"'<>(),]*[^\s"'<>().,;:!?]
-      | [A-Za-z0-9][\w.+-]*@[A-Za-z0-9.-]*[A-Za-z0-9] | @[A-Za-z_]\w* | [#]{letter}+
-      | (?i:-[lr][rsc]b-) | [<>]?[:;=]['o*-]?[()\[\]DPOop|](?!{q}?\w)
+      | [A-Za-z0-9][\w.+-]*@[A-Za-z0-9.@-]*[A-Za-z0-9@] | @[A-Za-z_]\w* | [#]{letter}+
+      | (?i:-[lr][rsc]b-) | [<>]?[:;=]['o*-]?[()\[\]DPOop|](?!{q}?\w) | \^_\^
         # words that come apart: can|not, gon|na, 't|is, is|n't, dog|'s
       | (?i:can(?=not{end})|(?:gon|wan)(?=na{end})|got(?=ta{end})|(?:lem|gim)(?=me{end}))
-      | {q}[tT](?=(?i:is|was)) | [A-Za-z]*[A-MO-Za-mo-z](?=[nN]{q}[tT])
-      | (?!.{clitic})[A-HJ-XZn]{q}{letter}{{2,}}(?![\w-]) | [nN]{q}[tT] | {clitic} | {q}{q}
+      | {q}[tT](?=(?i:is|was)) | [A-Za-z]*[A-MO-Za-mo-z](?=[nN][`'’][tT])
+      | (?!.{clitic})[A-HJ-XZn]{q}{letter}{{2,}}(?![\w-]) | [nN][`'’][tT] | {clitic} | {q}{q}
         # words with an apostrophe: 'em, '90s, c'mon, ma'am
-      | {q}(?i:em|till?|cause|n{q}|[2-9]0s) | {q}n(?![\w-])
+      | {q}(?i:em|till?|cause|n{q}|[2-9]0s) | {q}n(?![\w-]) | {q}\d\d(?=\s|$)
       | (?i:c{q}mon|s{q}mores|e{q}er|ev{q}ry|li{q}l|nat{q}l|nor{q}easter)
       | (?i:ol|somethin){q}(?!{letter}{letter})
       | {letter}+[aeiouyAEIOUY](?!{clitic}){q}[aeiouA-Z]{letter}*
@@ -67,7 +67,7 @@ def _token_pattern():
         (?: (?i:{any_of(ABBREVIATIONS)})\. | (?:{any_of(STATES + " " + STATES.upper())})\.
           | (?i:{any_of(BEFORE_DIGIT)})\.(?=\s*\d) )(?!{letter})
       | {letter}\.(?:{letter}\.)+(?!{letter})
-      | [A-Za-z]\.(?!{letter}|\s+(?:(?:{starter})\s|M[rs]\.))
+      | [A-Za-z]\.(?!{letter}|\s+(?:(?:{starter})(?:\s|$)|M[rs]\.))
         # words, numbers, symbols
       | {letter}{run}(?:[.!?]{letter}{run})*{comma} | \d+[.,:]{number}{comma} | \d{run}{comma}
       | (?:(?<!-)[+-])?(?:(?<!\.\.)\.|[,:])?{number}
@@ -81,7 +81,8 @@ SPELLED = str.maketrans({
     "£": " # ", "€": " $ ", "¤": " $ ", "¢": " cents ",
     "¼": " 1/4 ", "½": " 1/2 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "})
 ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
-BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
+BRACKETS = str.maketrans({
+    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
 
 
 def tokenize(caption):
@@ -208,7 +209,8 @@ def cider_d(grams, references):
             penalty = math.exp(-difference ** 2 / (2 * 6.0 ** 2))
             for (a, a_norm), (b, b_norm) in zip(vectors, map(tf_idf, reference)):
                 if a_norm and b_norm:
-                    clipped = sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b)
+                    shared = [gram for gram in a if gram in b]      # not a set: the order fixes the last bit
+                    clipped = sum(min(a[gram], b[gram]) * b[gram] for gram in shared)
                     total += penalty * clipped / (a_norm * b_norm)
         scores.append(10 * total / 4 / len(image))
     return scores

@@ -109,7 +109,7 @@ class VisionGPT(nn.Module):
         """`hidden` of whole captions: row i looks at image[i] of `visual`, or at i; without `visual` at none."""
         if visual is None:
             return self.hidden(tokens, {}, None)
-        if image is None and len(visual) != len(tokens):
+        if len(visual if image is None else image) != len(tokens):
             raise UserError(f"{len(tokens)} caption rows and {len(visual)} images: name each row's image with image=")
         return self.hidden(tokens, self.keys_values(visual), Groups(len(visual), image))
 
@@ -204,6 +204,9 @@ class VisionGPT(nn.Module):
     def _tokenizer(self):
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: put a tokenizer.json into its folder, or set model.tokenizer")
+        if self.tokenizer.vocab_size != self.end_id + 1:
+            raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.end_id + 1}: they do "
+                            "not belong together")
         return self.tokenizer
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -228,8 +231,7 @@ class VisionGPT(nn.Module):
         folder = Path(folder or checkpoint.find_checkpoint())
         device = pick_device(device)
         config = checkpoint.read_config(folder)
-        with torch.device("meta"):
-            model = cls(VisionGPTConfig(**config["model"]))
+        model = checkpoint.build(cls, VisionGPTConfig, config.get("model"), folder)
         if (folder / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.load(folder)
         if config.get("backbones"):
@@ -241,8 +243,8 @@ class VisionGPT(nn.Module):
         else:
             tensors = checkpoint.read_tensors(folder / "model.safetensors")
         checkpoint.fill(model, tensors, folder)
-        if dtype is None and device.type == "cpu":
-            dtype = torch.float32
+        if dtype is None:                               # one for all: backbones may be stored in another than the fusion
+            dtype = torch.float32 if device.type == "cpu" else model.resampler.latents.dtype
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder, dtype=None, backbones=None, training=None):

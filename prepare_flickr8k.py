@@ -1,17 +1,18 @@
 """Prepare Flickr8k, or pictures and captions of your own, for training.
 
-    python prepare_flickr8k.py                                             # downloads Flickr8k: 1 GB, then a minute
+    python prepare_flickr8k.py                              # downloads Flickr8k: 1 GB, then a minute
     python prepare_flickr8k.py --images Flickr8k_Dataset.zip --captions Flickr8k_text.zip
     python prepare_flickr8k.py --images photos/ --captions captions.csv --out data/mine
 
-Captions: Flickr8k's own files, Kaggle's captions.txt, Karpathy's dataset_flickr8k.json, COCO's captions_*.json, Hugging
-Face parquet (with pyarrow), or a CSV or JSON-lines file with `image`, `caption` and, if you like, `split`. Folders and
-zips are searched for them; where only one of --images and --captions is given, the other is searched for there too.
+Captions: Flickr8k's own files, Kaggle's captions.txt, Karpathy's dataset_flickr8k.json, COCO's
+captions_*.json, Hugging Face parquet (with pyarrow), or CSV or JSON lines with `image`, `caption` and, if you
+like, `split`. Folders and zips are searched for them; given --images or --captions alone, so for the other.
 Splits: that column, else Flickr8k's lists, else train, val or test in a file's name, else 80/10/10 by hash.
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import json
@@ -19,23 +20,25 @@ import os
 import re
 import sys
 import time
+import typing
 from dataclasses import dataclass
 
 import numpy as np
 
 import cli
 import data
-import sources
+import layouts
 import vit
 from cli import UserError
-from sources import basename
+from layouts import basename
 from tokenizer import Tokenizer
 
 MIRROR = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 ARCHIVES = {"Flickr8k_Dataset.zip": "f18a1e2920de5bd84dae7cf08ec78978",          # md5
             "Flickr8k_text.zip": "bf6c1abcb8e4a833b7f922104de18627"}
-SPLITS = {"train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
-          "dev": "val", "test": "test", "testing": "test"}
+SPLIT_NAMES = ("train", "val", "test")
+SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test", "testing": "test",
+          "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 
 
 @dataclass
@@ -45,52 +48,66 @@ class PrepareConfig:
     out: str = cli.flag("data/flickr8k", "folder to write the set to")
     image_size: int = cli.flag(224, "pictures are squashed to squares of this side")
     raw_captions: bool = cli.flag(False, "leave the spaces before punctuation that Flickr8k's captions have")
-    limit: int = cli.flag(0, "only N images, the first of each split in proportion, for a quick trial; 0 is all",
-                          metavar="N")
+    limit: int = cli.flag(0, "a quick trial: N images, the first of each split in proportion", metavar="N")
 
     def __post_init__(self):
         if self.image_size < 1 or self.limit < 0:
-            raise UserError(f"--image-size {self.image_size} must be above 0 and --limit {self.limit} not below")
+            raise UserError(f"--image-size {self.image_size} or --limit {self.limit} is too small")
+
+
+class Image(typing.NamedTuple):
+    name: str                     # as the captions name it
+    split: str | None
+    image_id: int | None
+    texts: list
+    file: layouts.File
 
 
 def locate(config):
-    """The path of the pictures and those of the captions; downloads the official archives where neither was given."""
+    """The path of the pictures and those of the captions; if none is given, downloads the official zips."""
     if not config.images and not config.captions:
         from download import fetch
-        pictures, text = [fetch(MIRROR + name, os.path.join("downloads", name), md5=md5) for name, md5 in ARCHIVES.items()]
-        return str(pictures), [str(text)]
-    captions = config.captions or [config.images]
-    beside = os.path.isfile(captions[0]) and not captions[0].lower().endswith(".zip")
-    return config.images or (os.path.dirname(captions[0]) or "." if beside else captions[0]), captions
+        zips = [str(fetch(MIRROR + name, f"downloads/{name}", md5=md5)) for name, md5 in ARCHIVES.items()]
+        return zips[0], zips[1:]
+    if config.images:
+        return config.images, config.captions or [config.images]
+    path = config.captions[0]
+    is_file = os.path.isfile(path) and not path.lower().endswith(".zip")
+    return (os.path.dirname(path) or ".") if is_file else path, config.captions
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # splits
 
 
 def assign_splits(captions, lists):
-    """{image: train, val, test or None}, and in words what said so. `lists` are Flickr8k's, {split: file names}."""
+    """{image: train, val, test or None}, and in words what said so. `lists`: Flickr8k's, {split: names}."""
     in_name = {c.file: split_word(c.file) for c in captions}
     if any(c.split for c in captions):
-        origin, found = "the split column", [(c.image, SPLITS.get((c.split or "").strip().lower())) for c in captions]
-        unknown = sorted({c.split for c in captions if c.split and c.split.strip().lower() not in SPLITS})
-        warn("splits that are neither train, val nor test; their images are in none", unknown)
+        origin = "the split column"
+        found = [(c.image, SPLITS.get(c.split.strip().lower(), c.split)) for c in captions if c.split]
+        unknown = {split for _, split in found} - set(SPLIT_NAMES)
+        warn("splits that are neither train, val nor test, so that their images are in none", unknown)
     elif lists:
-        origin, found = "Flickr8k's lists", [(c.image, s) for c in captions for s in lists if basename(c.image) in lists[s]]
-        warn("split lists not found; their splits are empty", [n for n, s in sources.LISTS.items() if s not in lists])
-        warn("images in a split list, but without captions",
-             sorted(set().union(*lists.values()) - {basename(c.image) for c in captions}))
+        origin = "Flickr8k's lists"
+        found = [(c.image, split) for c in captions for split in lists if basename(c.image) in lists[split]]
+        warn("split lists not found, so that their splits are empty", set(SPLIT_NAMES) - set(lists))
+        warn("images in a split list, but not in the captions",
+             set().union(*lists.values()) - {basename(c.image) for c in captions})
     elif any(in_name.values()):
-        origin, found = "the file names", [(c.image, in_name[c.file]) for c in captions]
+        origin = "the file names"
+        found = [(c.image, in_name[c.file]) for c in captions if in_name[c.file]]
     else:
-        origin, found = "a hash of the file names", [(c.image, hashed_split(c.image)) for c in captions]
-        print("note: nothing says which images are for testing, so a hash of the file names decides, 80/10/10; a column "
-              "`split`, or Flickr8k's three lists given with --captions too, would", file=sys.stderr)
+        origin = "a hash of the file names"
+        found = [(c.image, hashed_split(c.image)) for c in captions]
+        print("note: nothing says which images are for testing, so a hash of file names decides, 80/10/10; a "
+              "column `split` would, or Flickr8k's three lists given with --captions too", file=sys.stderr)
     named = collections.defaultdict(set)
     for image, split in found:
         named[image].add(split)
-    warn("images in two splits, used in one of them", [i for i, s in named.items() if len(s - {None}) > 1])
-    return {c.image: next((s for s in ("test", "val", "train") if s in named[c.image]), None) for c in captions}, origin
+    warn("images in two splits, used in one", [image for image, splits in named.items() if len(splits) > 1])
+    held_out_first = SPLIT_NAMES[::-1]
+    return {c.image: next((s for s in held_out_first if s in named[c.image]), None) for c in captions}, origin
 
 
 def split_word(name):
@@ -103,171 +120,153 @@ def hashed_split(image):
     return {0: "test", 1: "val"}.get(digit, "train")
 
 
-def first_images(splits, limit):
-    """The first images of each split, `limit` in all, in proportion and at least one of each."""
-    groups = [[image for image in splits if splits[image] == split] for split in ("train", "val", "test")]
-    ranked = sorted(((k / len(group), image) for group in groups for k, image in enumerate(group)), key=lambda r: r[0])
-    chosen = {image for _, image in ranked[:limit]}
-    return {image: split for image, split in splits.items() if image in chosen}
+def first_images(images, limit):
+    """The first `limit` images, each split in proportion and with one at least, in their own order."""
+    groups = [[image for image in images if image.split == split] for split in SPLIT_NAMES]
+    ranked = [(place / len(group), image.name) for group in groups for place, image in enumerate(group)]
+    chosen = {name for _, name in sorted(ranked, key=lambda pair: pair[0])[:limit]}
+    return [image for image in images if image.name in chosen]
 
 
 def warn(what, names):
     if names:
-        print(f"WARNING: {len(names):,} {what}: {some(names)}", file=sys.stderr)
+        print(f"WARNING: {len(names):,} {what}: {some(sorted(names))}", file=sys.stderr)
 
 
 def some(names):
-    return ", ".join(map(str, names[:5])) + (" ..." if len(names) > 5 else "")
+    text = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+    return text.encode("utf-8", "backslashreplace").decode()      # a file name need not be Unicode
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # pictures
 
 
-def finder(files):
-    """A function from an image as the captions name it to its file, None, or the several files that it could be.
-
-    Of both paths the shorter one must be the end of the other, so that cats/1.jpg is never taken for dogs/1.jpg.
-    """
-    by_name = collections.defaultdict(list)
-    for file in files:
-        by_name[basename(file.path)].append(file)
-
-    def find(image):
-        parts, fits = image.split("/"), collections.defaultdict(list)
-        for file in by_name[parts[-1]]:
-            if file.path == image:
-                return file
-            other = file.path.split("/")
-            common = min(len(parts), len(other))
-            if parts[-common:] == other[-common:]:
-                fits[common].append(file)
-        best = fits[max(fits)] if fits else [None]
-        return best[0] if len(best) == 1 or len({sources.read(file) for file in best}) == 1 else tuple(best)
-
-    return find
-
-
 def decode(files, size):
-    """Yield the picture of each file, uint8 (S, S, 3), or None where it is unreadable, in order; on all cores.
+    """Yield each file's picture, uint8 (S, S, 3), or None if it is unreadable, in order; on all cores.
 
-    Threads do, as Pillow works outside of Python's lock. Archives are read by one thread, and a little ahead only.
+    Threads do, as Pillow works outside of Python's lock. One thread reads, a little ahead of what is wanted.
     """
     cores, ahead = os.cpu_count() or 1, collections.deque()
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
         for file in files:
-            ahead.append(pool.submit(decode_one, read_or_nothing(file), size))
+            ahead.append(pool.submit(decode_or_none, read_or_none(file), size))
             if len(ahead) > 4 * cores:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
-def read_or_nothing(file):
-    try:
-        return sources.read(file)
-    except UserError:
-        return b""
+def read_or_none(file):
+    with contextlib.suppress(UserError):
+        return layouts.read(file)
 
 
-def decode_one(content, size):
-    try:
-        return np.asarray(vit.resize(vit.load_image(io.BytesIO(content)), size))
-    except UserError:
-        return None
+def decode_or_none(content, size):
+    with contextlib.suppress(UserError):
+        return content and np.asarray(vit.resize(vit.load_image(io.BytesIO(content)), size))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the set
 
 
-def prepare(config):
-    """Write the set that `config` asks for to config.out; return a summary. Raises UserError when nothing can be used."""
-    start = time.monotonic()
+def collect(config):
+    """Images, what says their splits, {reason: names} of what is unusable. Raises UserError when all is."""
     pictures_path, caption_paths = locate(config)
-    captions, lists, pictures, broken = sources.read_captions(
-        [file for path in caption_paths for file in sources.caption_files(path)])
-    skipped = {"broken entries in the captions": broken,
-               "blank captions": [c.image for c in captions if not data.clean_caption(c.text)]}
-    captions = [c for c in captions if data.clean_caption(c.text)]
+    given, lists, pictures, broken = layouts.read_captions(
+        [file for path in caption_paths for file in layouts.caption_files(path)])
+    captions = [c for c in given if data.clean_caption(c.text)]
+    skipped = {"broken entries of the captions": broken,
+               "blank captions": [c.image for c in given if not data.clean_caption(c.text)]}
     if not captions:
-        raise UserError(f"no caption in {', '.join(caption_paths)} can be used" + (broken and f": see {some(broken)}" or ""))
-    pictures = pictures or sources.picture_files(pictures_path)
+        raise UserError(f"no caption in {some(caption_paths)} can be used; broken: {some(broken) or 'none'}")
+    pictures = pictures or layouts.picture_files(pictures_path)
     if not pictures:
         raise UserError(f"no pictures in {pictures_path}; name their folder or zip archive with --images")
-
-    # which picture each caption is of; two spellings of one picture become one image
-    find = finder(pictures)
-    files = {image: find(image) for image in dict.fromkeys(c.image for c in captions)}
-    first = {file: image for image, file in reversed(files.items()) if isinstance(file, sources.File)}
-    if not first:
-        raise UserError(f"none of the {len(files):,} images in the captions is among the {len(pictures):,} pictures of "
-                        f"{pictures_path}: one is named {captions[0].image}, a picture is {pictures[0].path}")
-    captions = [c._replace(image=first.get(files[c.image], c.image)) for c in captions]
+    matches = layouts.candidates(dict.fromkeys(c.image for c in captions), pictures)
+    files = {name: fits[0] for name, fits in matches.items() if len(fits) == 1}
+    if not files:
+        raise UserError(f"none of the {len(matches):,} images in the captions is among the {len(pictures):,} "
+                        f"pictures in {pictures_path}: the captions name {captions[0].image}, a picture is "
+                        f"{pictures[0].path}")
+    first = {file: name for name, file in reversed(files.items())}     # two spellings of a file are one image
+    captions = [c._replace(image=first[files[c.image]]) if c.image in files else c for c in captions]
     splits, origin = assign_splits(captions, lists)
-    skipped["images without a picture"] = [f"{i} ({splits[i] or 'in no split'})" for i in splits if files[i] is None]
-    skipped["images that could be several pictures"] = [i for i in splits if isinstance(files[i], tuple)]
+    absent = [name for name in splits if not matches[name]]
+    skipped["images without a picture"] = [f"{name} ({splits[name] or 'no split'})" for name in absent]
+    skipped["images that could be several pictures"] = [name for name in splits if len(matches[name]) > 1]
     skipped["pictures without a caption"] = [file.path for file in pictures if file not in first]
-    splits = {image: split for image, split in splits.items() if files[image] in first}
-    if not any(splits.values()):
-        raise UserError("no image is in a split, so there would be nothing to train on")
-    if config.limit:
-        splits = first_images(splits, config.limit)
-
     texts, ids = collections.defaultdict(list), {}
     for c in captions:
         texts[c.image].append(c.text)
         ids[c.image] = c.image_id
-    source = fingerprint([config.image_size, config.raw_captions] + [
-        (image, files[image].stamp, split, ids[image], texts[image]) for image, split in splits.items()])
+    images = [Image(n, split, ids[n], texts[n], files[n]) for n, split in splits.items() if n in files]
+    if not any(image.split for image in images):
+        raise UserError(f"by {origin}, none of {len(images):,} images is for training, validation or testing")
+    return images, origin, skipped
+
+
+def prepare(config, tokenizer=None):
+    """Write the set that `config` asks for, by default in GPT-2's tokens; return a summary.
+
+    Raises UserError when nothing can be used, or GPT-2's tokenizer is not at hand."""
+    start = time.monotonic()
+    images, origin, skipped = collect(config)
+    if config.limit:
+        images = first_images(images, config.limit)
+    content = [data.FORMAT_VERSION, config.image_size, config.raw_captions,
+               [image[:-1] + (image.file.stamp,) for image in images]]
+    source = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if is_complete(config, source):
         return f"{config.out} is complete and was made from the same files: nothing to do"
+    tokenizer = tokenizer or Tokenizer.gpt2()                        # may fail, so before anything is written
 
-    tokenizer, names = Tokenizer.gpt2(), []
+    kept = []                                                          # fills up as the pictures go by
 
     def readable():
-        decoded = decode([files[image] for image in splits], config.image_size)
-        for image, picture in cli.progress(zip(splits, decoded), "pictures", total=len(splits)):
+        decoded = decode([image.file for image in images], config.image_size)
+        for image, picture in cli.progress(zip(images, decoded), "pictures", total=len(images)):
             if picture is not None:
-                names.append(image)
+                kept.append(image)
                 yield picture
 
     data.write_images(config.out, readable(), config.image_size)
-    skipped["unreadable pictures"] = sorted(set(splits) - set(names))
-    indices = {split: [i for i, name in enumerate(names) if splits[name] == split] for split in ("train", "val", "test")}
-    counts = {split: len(images) for split, images in indices.items()}
-    counts["no split"] = len(names) - sum(counts.values())
-    pairs = [(i, text) for i, name in enumerate(names) for text in texts[name]]
-    image_ids = [ids[name] for name in names]
-    data.write_set(config.out, names, pairs, indices, tokenizer, dict(image_size=config.image_size),
-                   image_ids=image_ids if None not in image_ids and len(set(image_ids)) == len(names) else None,
-                   counts=counts | {what: len(things) for what, things in skipped.items() if things},
-                   clean=not config.raw_captions, source=source)
-
-    lines = [f"{config.out}: {len(names):,} images with {len(pairs):,} captions, in {cli.clock(time.monotonic() - start)}",
-             ", ".join(f"{split} {count:,}" for split, count in counts.items()) + f" images, by {origin}"]
-    return "\n  ".join(lines + [f"skipped {len(t):,} {what}: {some(t)}" for what, t in skipped.items() if t])
-
-
-def fingerprint(content):
-    return hashlib.sha256(json.dumps([data.FORMAT_VERSION, content]).encode()).hexdigest()
+    skipped["unreadable pictures"] = sorted({image.name for image in images} - {image.name for image in kept})
+    captions = [(index, text) for index, image in enumerate(kept) for text in image.texts]
+    splits = {split: [i for i, image in enumerate(kept) if image.split == split] for split in SPLIT_NAMES}
+    ids = [image.image_id for image in kept]
+    counts = {split: len(indices) for split, indices in splits.items()}
+    counts["no split"] = len(kept) - sum(counts.values())
+    skips = {reason: len(names) for reason, names in skipped.items() if names}
+    data.write_set(config.out, [image.name for image in kept], captions, splits, tokenizer,
+                   dict(image_size=config.image_size), counts=counts | skips, clean=not config.raw_captions,
+                   image_ids=ids if None not in ids and len(set(ids)) == len(ids) else None, source=source)
+    took = cli.clock(time.monotonic() - start)
+    return "\n  ".join([
+        f"{config.out}: {len(kept):,} images with {len(captions):,} captions, in {took}",
+        f"by {origin}: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()),
+        *(f"skipped {count:,} {reason}: {some(skipped[reason])}" for reason, count in skips.items())])
 
 
 def is_complete(config, source):
-    """Whether config.out holds a whole set made from the same files in the same way."""
+    """Whether config.out holds a whole set that was made from the same files in the same way."""
     try:
-        done = data.CaptionSet(config.out)
         with open(os.path.join(config.out, "meta.json")) as file:
-            return json.load(file).get("source") == source and len(done.images) == len(done.names)
-    except (UserError, OSError, ValueError, KeyError):
+            meta = json.load(file)
+        pixels = os.path.getsize(os.path.join(config.out, "images.bin"))
+    except (OSError, ValueError):
         return False
+    return meta.get("source") == source and pixels == len(meta["images"]) * config.image_size**2 * 3
 
 
 def main():
+    config = PrepareConfig(**cli.parse(PrepareConfig, __doc__))
     try:
-        print(prepare(PrepareConfig(**cli.parse(PrepareConfig, __doc__))))
+        summary = prepare(config)
     except OSError as error:                             # a full disk, a folder without permission
-        raise UserError(f"{error.filename or 'writing'}: {error.strerror}") from None
+        raise UserError(str(error)) from None
+    print(summary)
 
 
 if __name__ == "__main__":

@@ -1,279 +1,423 @@
-"""Pictures and captions in the layouts they are handed round in: folders and zips, and six kinds of caption files."""
+"""Weights as others wrote them: any container -> tensors by name, and any layout -> our names.
 
-import csv
-import fnmatch
-import functools
-import hashlib
-import io
-import itertools
+Nothing that a file holds is ever run: pickles are read by torch's weights-only reader or by one that knows tensors alone.
+"""
+
+import argparse
 import json
-import os
+import pickle
 import re
-import sys
-import typing
-import unicodedata
+import struct
 import zipfile
-import zlib
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import torch
+from safetensors import safe_open
+
+import checkpoint
 from cli import UserError
 
-OFFICIAL = {                                         # lines, sha256
-    "flickr8k.token.txt": (40460, "1e1f3a371ba1a1bf742e6930521c037e046b2bf3fcc2390ba8405e0301ed7689"),
-    "flickr_8k.trainimages.txt": (6000, "e330ddd5156a4c2d2e2b67bc587e70e588f2d132bd8a10dc54dcb71e58115d8e"),
-    "flickr_8k.devimages.txt": (1000, "18ba829f47f6df1cb830bf7f0506e2ddf333818925299babbd1bbcaf50fdc504"),
-    "flickr_8k.testimages.txt": (1000, "c0924146c131458ceba45da59670fe9520eadce1e5cafffa16a817672a9b1f17")}
-LISTS = {"flickr_8k.trainimages.txt": "train", "flickr_8k.devimages.txt": "val", "flickr_8k.testimages.txt": "test"}
-STRAY = "2258277193_586949ec62.jpg.1"                # in the official captions, but not the name of any picture
-CAPTION_FILES = ["flickr8k.token.txt", "captions.txt", "dataset_flickr8k.json", "captions*.json", "*.jsonl", "*.csv",
-                 "*.parquet"]                        # what a folder is searched for; the first kind found is taken
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-IMAGE_FIELDS = ["image", "file_name", "filename", "image_name", "image_path", "file", "path"]
-TEXT_FIELDS = ["caption", "captions", "text", "sentence", "sentences", "comment"]
-
-
-class File(typing.NamedTuple):
-    path: str                     # within its folder or archive
-    open: typing.Callable
-    stamp: tuple                  # another one means other content
-
-
-class Caption(typing.NamedTuple):
-    image: str
-    text: str
-    split: str | None = None      # in the source's own words
-    image_id: int | None = None   # COCO's
-    file: str = ""                # where it was read, if that name may tell the split
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# files
+# containers: safetensors, torch.save, TorchScript, .npz, TensorFlow
 
 
-def list_files(path):
-    """The files in a folder or zip archive, or a file itself; junk left out. Raises UserError when there is no such."""
-    if os.path.isdir(path):
-        found = sorted(p for p in Path(path).rglob("*") if p.is_file())
-        files = [File(p.relative_to(path).as_posix(), functools.partial(open, p, "rb"), stamp_of(p)) for p in found]
-    elif not os.path.exists(path):
-        raise UserError(f"{path} does not exist")
-    elif path.lower().endswith(".zip"):
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile:
-            raise UserError(f"{path} is not a whole zip archive; download or copy it again") from None
-        files = [File(i.filename, functools.partial(archive.open, i), (i.file_size, i.CRC))
-                 for i in archive.infolist() if not i.is_dir()]
-    else:
-        files = [File(Path(path).name, functools.partial(open, path, "rb"), stamp_of(path))]
-    files = [f._replace(path=normal(f.path)) for f in files if "__MACOSX/" not in f.path]
-    return [f for f in files if not basename(f.path).startswith(".")]
+def read(path):
+    """A file or folder -> its tensors by name, and facts: what config files and the file itself say beside them.
 
-
-def stamp_of(path):
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
-
-def normal(path):
-    """One spelling for one path: forward slashes, no ./ or / before it, composed accents (macOS takes them apart)."""
-    parts = unicodedata.normalize("NFC", path.strip().replace("\\", "/")).split("/")
-    return "/".join(p for p in parts if p not in ("", "."))
-
-
-def basename(path):
-    return path.rpartition("/")[2]
-
-
-def read(file):
-    """The content of a file. Raises UserError when it cannot be read."""
-    try:
-        with file.open() as opened:
-            return opened.read()
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"cannot read {file.path}: {error}") from None
-
-
-def search(path, wanted):
-    """wanted(files in `path`); where a folder has none, those in the zip archives that lie in it."""
-    files = list_files(path)
-    found = wanted(files)
-    if not found and os.path.isdir(path):
-        archives = [os.path.join(path, f.path) for f in files if f.path.lower().endswith(".zip")]
-        found = wanted([f for archive in archives for f in list_files(archive)])
-    return found
-
-
-def picture_files(path):
-    """The pictures in a folder or zip archive."""
-    return search(path, lambda files: [f for f in files if os.path.splitext(f.path)[1].lower() in PICTURES])
-
-
-def caption_files(path):
-    """The caption files and Flickr8k split lists in a folder or zip archive, or a file with the lists beside it."""
-    if os.path.isfile(path) and not path.lower().endswith(".zip"):
-        folder = os.path.dirname(path) or "."
-        beside = [os.path.join(folder, name) for name in os.listdir(folder) if name.lower() in LISTS]
-        return [f for p in dict.fromkeys([path] + beside) for f in list_files(p)]
-    found = search(path, _caption_files)
-    if not found:
-        raise UserError(f"no captions in {path}; name the file that holds them with --captions")
-    return found
-
-
-def _caption_files(files):
-    kinds = ([f for f in files if fnmatch.fnmatch(basename(f.path).lower(), kind)] for kind in CAPTION_FILES)
-    return next(filter(None, kinds), []) + [f for f in files if basename(f.path).lower() in LISTS]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# captions
-
-
-def read_captions(files):
-    """Caption files -> captions, {split: names} of Flickr8k's lists, pictures inside parquet, names of broken entries."""
-    captions, lists, pictures, broken, seen = [], {}, [], [], set()
+    `facts["wrapper"]` is the last dict that had to be opened. Raises UserError for what is missing, damaged, holds code
+    or no tensors.
+    """
+    files = find(Path(path))
+    facts = {}
+    for name in ("config.json", "hparams.json"):
+        if (files[0].parent / name).exists():
+            facts |= read_json(files[0].parent / name)
+    if (files[0].parent / "preprocessor_config.json").exists():
+        facts["preprocessor"] = read_json(files[0].parent / "preprocessor_config.json")
+    tensors = {}
     for file in files:
-        name = basename(file.path).lower()
-        if name.endswith(".parquet"):
-            captions += from_parquet(file, pictures, broken)
-            continue
-        content = read(file).replace(b"\r\n", b"\n")
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in seen:                           # the same file twice, as in an archive unpacked into itself
-            continue
-        seen.add(digest)
-        if name in OFFICIAL:
-            warn_of_altered(file, content.count(b"\n"), digest)
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file.path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-        if name in LISTS:
-            lists.setdefault(LISTS[name], set()).update(text.split())
-        elif name.endswith(".json"):
-            captions += from_json(text, file.path, broken)
-        elif name.endswith((".jsonl", ".ndjson")):
-            captions += from_rows(json_lines(text), file.path, broken)
-        elif re.match(r".+#\d+\t", text):
-            captions += from_tokens(text, file.path, broken)
+        tensors |= read_file(file)
+    for key in ("config", "model_args"):                     # of a training run's checkpoint
+        facts |= tensors[key] if isinstance(tensors.get(key), dict) else {}
+    facts["wrapper"] = None
+    for wrapper in ("model_state_dict", "state_dict", "model", "teacher"):
+        if isinstance(tensors.get(wrapper), dict):
+            tensors, facts["wrapper"] = tensors[wrapper], wrapper
+    names = ", ".join(map(str, list(tensors)[:5]))
+    tensors = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors where weights are known to lie{f', but {names}' if names else ''}")
+    for prefix in ("_orig_mod.", "module.", "backbone."):    # of torch.compile, DataParallel and DINO
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors, facts
+
+
+def find(path):
+    """The weight files of a path: itself, the shards that an index names, or what a folder holds."""
+    if path.is_dir():
+        usual = [path / name for name in ("model.safetensors.index.json", "model.safetensors", "model.ckpt.index",
+                                          "pytorch_model.bin.index.json", "pytorch_model.bin")]
+        held = [file for file in usual if file.exists()][:1] or [
+            file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".npz")]
+        if len(held) != 1:
+            what = f"several files ({', '.join(file.name for file in held)})" if held else "no weights"
+            raise UserError(f"{path} holds {what}: name the file")
+        path = held[0]
+    if path.suffix == ".json":
+        shards = read_json(path).get("weight_map")
+        if not shards:
+            raise UserError(f"{path} is no index of shards: name the weights or their folder")
+        return [path.parent / name for name in sorted(set(shards.values()))]
+    return [path]
+
+
+def read_json(file):
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {file}: it is no dictionary")
+    return content
+
+
+def read_file(file):
+    """{name: tensor} of one file, told apart by its first bytes; what torch.save wrote comes as it is."""
+    if file.suffix == ".index" or Path(f"{file}.index").exists():
+        prefix = str(file).removesuffix(".index")
+        return {name: torch.from_numpy(array) for name, array in read_tensorflow(prefix).items()}
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(64)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    if start.lstrip()[:1] == b"<" or start.startswith(b"version https://git-lfs"):
+        what = "Git LFS pointer" if start.startswith(b"version") else "web page"
+        raise UserError(f"{file} is a {what}, not the weights: download the file itself")
+    if start[8:9] == b"{":
+        tensors = checkpoint.read_tensors(file)
+        if "kind" in (safe_open(file, framework="pt").metadata() or {}):
+            raise UserError(f"{file} was written by convert_weights.py: it needs no conversion")
+        return tensors
+    try:
+        members = zipfile.ZipFile(file).namelist() if start.startswith(b"PK") else []
+        if any(name.endswith(".npy") for name in members):
+            arrays = np.load(file, allow_pickle=False)
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        if any(name.endswith("/constants.pkl") for name in members):
+            return read_torchscript(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):             # the flags of DINO's training
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=bool(members))
+    except Exception as error:                       # whatever a damaged file makes of zipfile, numpy and torch
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(f"{file} holds more than tensors ({code[1]}), which can run code: it is not opened") from None
+        reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
+        raise UserError(f"{file} is damaged, cut short or no weights ({reason}); download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def read_torchscript(file):
+    """{name: tensor} of a TorchScript archive, as OpenAI published CLIP; its code is never looked at."""
+    archive = zipfile.ZipFile(file)
+    root = archive.namelist()[0].split("/")[0]
+    dtypes = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long, "IntStorage": torch.int}
+
+    class Holder:                                    # stands for every other class and function that the pickle names
+        def __init__(self, *args):
+            pass
+
+    def tensor(storage, offset, size, stride, *_):
+        return torch.as_strided(storage, size, stride, offset)
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            return {"_rebuild_tensor_v2": tensor, "OrderedDict": dict, **dtypes}.get(name, Holder)
+
+        def persistent_load(self, key):              # ("storage", dtype, member, device, length)
+            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{key[2]}")), dtype=key[1])
+
+    def leaves(holder, prefix=""):
+        for name, value in vars(holder).items():
+            if isinstance(value, torch.Tensor):
+                yield prefix + name, value
+            elif isinstance(value, Holder):
+                yield from leaves(value, f"{prefix}{name}.")
+
+    with archive.open(f"{root}/data.pkl") as pickled:
+        return dict(leaves(Unpickler(pickled).load()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TensorFlow checkpoints, as OpenAI published GPT-2: PREFIX.index is a LevelDB table, https://github.com/google/leveldb/
+# blob/main/doc/table_format.md, of protocol buffers that say where in PREFIX.data-* each variable lies
+
+MAGIC = 0xDB4775248B80FB57
+DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}         # of TensorFlow's DataType
+
+
+def read_tensorflow(prefix):
+    """{variable name: array} of the checkpoint PREFIX, memory-mapped. Raises UserError when it is damaged."""
+    index = Path(f"{prefix}.index")
+    try:
+        entries = dict(table(index.read_bytes()))
+        shards = dict(fields(entries.pop(b""))).get(1, 0)
+        data = [np.memmap(f"{prefix}.data-{s:05}-of-{shards:05}", mode="r") for s in range(shards)]
+        return {name.decode(): array(value, data) for name, value in entries.items()}
+    except OSError as error:
+        raise UserError(f"cannot read the TensorFlow checkpoint {prefix}: {error}") from None
+    except (ValueError, KeyError, IndexError, struct.error) as error:
+        raise UserError(f"the TensorFlow checkpoint {prefix} is damaged or cut short ({error}); "
+                        "download its .index and .data files again") from None
+
+
+def table(content):
+    """(key, value) pairs of a LevelDB table, uncompressed as TensorFlow writes it."""
+    footer = content[-48:]
+    if len(footer) < 48 or struct.unpack("<Q", footer[40:])[0] != MAGIC:
+        raise ValueError("no TensorFlow index")
+    _, at = varint(footer, 0)                                        # metaindex: offset and size, of no use here
+    _, at = varint(footer, at)
+    for _, handle in block(content, footer[at:]):
+        yield from block(content, handle)
+
+
+def block(content, handle):
+    """(key, value) pairs of the block at `handle` (offset and size): a key repeats the start of the one before it."""
+    offset, at = varint(handle, 0)
+    size, _ = varint(handle, at)
+    body, (kind, crc) = content[offset : offset + size], struct.unpack("<BI", content[offset + size : offset + size + 5])
+    if kind != 0:
+        raise ValueError("compressed index")
+    if masked_crc(content[offset : offset + size + 1]) != crc:
+        raise ValueError("wrong checksum")
+    end = size - 4 * (1 + struct.unpack("<I", body[-4:])[0])         # restart points and their number come last
+    at, key = 0, b""
+    while at < end:
+        shared, at = varint(body, at)
+        unshared, at = varint(body, at)
+        length, at = varint(body, at)
+        key = key[:shared] + body[at : at + unshared]
+        at += unshared
+        yield key, body[at : at + length]
+        at += length
+
+
+def array(entry, data):
+    """The array that a BundleEntryProto describes; zeros are left out of it."""
+    values = dict(fields(entry))
+    if 7 in values:
+        raise ValueError("a variable in slices")
+    dims = [dict(fields(dim)).get(1, 0) for number, dim in fields(values.get(2, b"")) if number == 2]
+    offset, size = values.get(4, 0), values.get(5, 0)
+    raw = data[values.get(3, 0)][offset : offset + size]
+    return raw.view(DTYPES[values[1]]).reshape(dims)
+
+
+def fields(message):
+    """(number, value) of each field of a protocol buffer: integers, or bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            value, at = varint(message, at)
         else:
-            captions += from_rows(csv_rows(text, file.path), file.path, broken)
-    return [c._replace(image=normal(c.image)) for c in captions if c.image != STRAY], lists, pictures, broken
+            length, at = varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+            value, at = message[at : at + length], at + length
+        yield tag >> 3, value
 
 
-def warn_of_altered(file, lines, digest):
-    official_lines, official = OFFICIAL[basename(file.path).lower()]
-    if digest != official:
-        print(f"WARNING: {file.path} is an altered copy of the official file: {lines:,} lines where that has "
-              f"{official_lines:,}, SHA-256 {digest[:12]}... and not {official[:12]}...; it is used as it is, and scores "
-              "may not compare with published ones", file=sys.stderr)
+def varint(buffer, at):
+    """An integer in groups of seven bits, lowest first -> (value, where the next thing begins)."""
+    value = shift = 0
+    while True:
+        byte = buffer[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
 
 
-def from_tokens(text, name, broken):
-    """Flickr8k.token.txt: `picture.jpg#0<tab>a caption`."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if match := re.fullmatch(r"(.+)#\d+\t(.*)", line):
-            yield Caption(match[1], match[2])
-        elif line.strip():
-            broken.append(f"{name} line {number}")
+def masked_crc(content):
+    """CRC-32C, rotated and shifted as LevelDB stores it."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def from_json(text, name, broken):
-    """COCO's layout, Karpathy's, or a list of rows."""
+# ----------------------------------------------------------------------------------------------------------------------
+# layouts: how each source names its tensors
+
+
+class Layout(NamedTuple):
+    """Source names -> ours, as templates: {i} is the layer, * is anything, a module stands for its weight and bias.
+
+    None drops a tensor; /0 /1 /2 are parts to be concatenated. `sign` is a name that no other layout has, `prefix` a
+    pattern of what may stand before the names, `fix(our name, tensor)` puts a tensor into torch's orientation.
+    """
+
+    name: str
+    sign: str
+    table: dict
+    config: dict = {}
+    prefix: str = ""
+    fix: Callable = lambda name, tensor: tensor
+
+
+def blocks(prefix, table, target="blocks.{i}"):
+    return {f"{prefix}.{source}": f"{target}.{ours}" for source, ours in table.items()}
+
+
+def flax(name, tensor):
+    """flax stores (in, out), splits the heads off and puts a filter's channels last."""
+    if name == "patch_embed.weight":
+        return tensor.permute(3, 2, 0, 1)
+    if "qkv" in name:
+        return tensor.flatten(-2).T                                  # (C, H, D) -> (H * D, C); bias (H, D) -> (H * D)
+    return tensor.flatten(0, -2).T if name.endswith("weight") and tensor.ndim > 1 else tensor
+
+
+def conv1d(name, tensor):
+    """OpenAI's linear layers are convolutions of width 1: (in, out) or (1, in, out)."""
+    return tensor.squeeze(0).T if name.startswith("h.") and tensor.ndim > 1 else tensor
+
+
+CENTRE = dict(transform=dict(resize=224, crop=224, filter="bicubic"))
+HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+BICUBIC = dict(transform=dict(resize=248, crop=224, filter="bicubic"))
+SQUASH = dict(transform=dict(squash=224, filter="bilinear"))
+CLIP = dict(eps=1e-5, activation="quick_gelu", pre_norm=True, final_norm=False,        # post-norm dropped: see vit.py
+            mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+            **CENTRE)
+
+TORCHVISION = Layout("torchvision", "encoder.layers.encoder_layer_0.ln_1.weight", {
+    "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj": "patch_embed", "encoder.ln": "norm",
+    "heads.head": "head", **blocks("encoder.layers.encoder_layer_{i}", {
+        "ln_1": "norm1", "self_attention.in_proj_weight": "attn.qkv.weight",
+        "self_attention.in_proj_bias": "attn.qkv.bias", "self_attention.out_proj": "attn.proj", "ln_2": "norm2",
+        "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2", "mlp.linear_1": "mlp.fc1", "mlp.linear_2": "mlp.fc2"})})
+TIMM = Layout("timm", "blocks.0.attn.qkv.weight", {
+    "cls_token": "cls_token", "pos_embed": "pos_embed", "patch_embed.proj": "patch_embed", "norm": "norm",
+    "head": "head", "pre_logits.*": None, "head.mlp.*": None, "head.last_layer.*": None,       # of DINO's training
+    "mask_token": None, "decoder_*": None, **blocks("blocks.{i}", {                            # of MAE's training
+        n: n for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")})}, BICUBIC)
+HF_VIT = Layout("Hugging Face ViT", "embeddings.patch_embeddings.projection.weight", {
+    "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed", "layernorm": "norm", "classifier": "head",
+    "embeddings.mask_token": None, "pooler.dense": None,
+    **blocks("encoder.layer.{i}", {
+        "layernorm_before": "norm1", "attention.attention.query": "attn.qkv/0", "attention.attention.key": "attn.qkv/1",
+        "attention.attention.value": "attn.qkv/2", "attention.output.dense": "attn.proj", "layernorm_after": "norm2",
+        "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}),
+    **blocks("layers.{i}", {                                         # in the memory of transformers 5
+        "layernorm_before": "norm1", "attention.q_proj": "attn.qkv/0", "attention.k_proj": "attn.qkv/1",
+        "attention.v_proj": "attn.qkv/2", "attention.o_proj": "attn.proj", "layernorm_after": "norm2",
+        "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"})}, HALF | SQUASH, r"vit\.")
+GOOGLE = Layout("Google .npz", "embedding.kernel", {
+    "cls": "cls_token", "embedding": "patch_embed", "Transformer.posembed_input.pos_embedding": "pos_embed",
+    "Transformer.encoder_norm": "norm", "head": "head", "pre_logits": None, "opt.state.*": None,
+    **blocks("Transformer.encoderblock_{i}", {
+        "LayerNorm_0": "norm1", "MultiHeadDotProductAttention_*.query": "attn.qkv/0",
+        "MultiHeadDotProductAttention_*.key": "attn.qkv/1", "MultiHeadDotProductAttention_*.value": "attn.qkv/2",
+        "MultiHeadDotProductAttention_*.out": "attn.proj", "LayerNorm_1": "norm2", "LayerNorm_2": "norm2",
+        "MlpBlock_*.Dense_0": "mlp.fc1", "MlpBlock_*.Dense_1": "mlp.fc2"})},
+    HALF | SQUASH | dict(activation="gelu_tanh"), r"params\.|opt\.target\.", flax)
+OPENAI_CLIP = Layout("OpenAI CLIP", "visual.ln_pre.weight", {
+    "visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed", "visual.conv1": "patch_embed",
+    "visual.ln_pre": "norm_pre", "visual.ln_post": None, "visual.proj": None,
+    **blocks("visual.transformer.resblocks.{i}", {
+        "ln_1": "norm1", "attn.in_proj_weight": "attn.qkv.weight", "attn.in_proj_bias": "attn.qkv.bias",
+        "attn.out_proj": "attn.proj", "ln_2": "norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
+    **dict.fromkeys(["transformer.*", "token_embedding", "positional_embedding", "ln_final", "text_projection",
+                     "logit_scale", "input_resolution", "context_length", "vocab_size"])}, CLIP)
+HF_CLIP = Layout("Hugging Face CLIP", "pre_layrnorm.weight", {       # spelled so
+    "embeddings.class_embedding": "cls_token", "embeddings.position_embedding.weight": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed", "pre_layrnorm": "norm_pre",
+    **blocks("encoder.layers.{i}", {
+        "layer_norm1": "norm1", "self_attn.q_proj": "attn.qkv/0", "self_attn.k_proj": "attn.qkv/1",
+        "self_attn.v_proj": "attn.qkv/2", "self_attn.out_proj": "attn.proj", "layer_norm2": "norm2",
+        "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}),
+    **dict.fromkeys(["post_layernorm", "embeddings.position_ids", "text_model.*", "visual_projection",
+                     "text_projection", "logit_scale"])}, CLIP, r"vision_model\.")
+GPT2_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+HF_GPT2 = Layout("Hugging Face GPT-2", "h.0.attn.c_attn.weight", {
+    "wte": "wte", "wpe": "wpe", "ln_f": "ln_f", "lm_head.weight": None,
+    "h.{i}.attn.bias": None, "h.{i}.attn.masked_bias": None,         # the causal mask
+    **{f"h.{{i}}.{n}": f"h.{{i}}.{n}" for n in GPT2_BLOCK}}, {}, r"transformer\.", conv1d)
+NANOGPT = Layout("nanoGPT", HF_GPT2.sign, HF_GPT2.table, dict(activation="gelu"), r"transformer\.")   # torch.nn.GELU()
+OPENAI_GPT2 = Layout("OpenAI GPT-2", "model.h0.attn.c_attn.w", {
+    "model.wte": "wte.weight", "model.wpe": "wpe.weight", "model.ln_f": "ln_f",
+    **{f"model.h{{i}}.{n}": f"h.{{i}}.{n}" for n in GPT2_BLOCK}}, fix=conv1d)
+PUBLISHED = Layout("published Vision-GPT", "vision.resampler.latents", {       # after `number_blocks`
+    "tok_emb": "gpt2.wte", "pos_emb": "gpt2.wpe", "final_norm": "gpt2.ln_f", "out_head.weight": None,
+    "text.{i}.att.mask": None,
+    **blocks("text.{i}", {
+        "norm1": "ln_1", "att.W_query": "attn.c_attn/0", "att.W_key": "attn.c_attn/1", "att.W_value": "attn.c_attn/2",
+        "att.out_proj": "attn.c_proj", "norm2": "ln_2", "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj"},
+        "gpt2.h.{i}"),
+    **blocks("cross.{i}", {
+        "attn_norm": "ln", "att.W_query": "q", "att.W_key": "kv/0", "att.W_value": "kv/1", "att.out_proj": "out"},
+        "xattn.{i}"),
+    "vision.resampler.latents": "resampler.latents",
+    **{f"vision.resampler.{n}": f"resampler.layers.{{i}}.{ours}" for n, ours in {
+        "to_q.{i}": "q", "to_kv.{i}": "kv", "proj_out.{i}": "proj", "norms_latent.{i}": "norm_latents",
+        "norms_media.{i}": "norm_patches", "mlp.{i}.0": "norm_mlp", "mlp.{i}.1": "fc1", "mlp.{i}.3": "fc2"}.items()},
+    **{f"vision.encoder.model.{n}": f"vit.{ours}" for n, ours in TORCHVISION.table.items()}})
+KNOWN = {"ViT": (TORCHVISION, TIMM, HF_VIT, GOOGLE, OPENAI_CLIP, HF_CLIP), "GPT-2": (HF_GPT2, OPENAI_GPT2),
+         "Vision-GPT": (PUBLISHED,)}
+PARTS = {"weight": "weight", "kernel": "weight", "scale": "weight", "w": "weight", "g": "weight",
+         "bias": "bias", "b": "bias", "shift": "bias"}
+
+
+def recognise(tensors, kind, source):
+    """The layout of a ViT, GPT-2 or Vision-GPT. Raises UserError that names what else the file holds or may hold."""
+    for found, layouts in KNOWN.items():
+        for layout in layouts:
+            sign = re.compile(f"({layout.prefix})?{re.escape(layout.sign)}")
+            if any(sign.fullmatch(name.replace("/", ".")) for name in tensors):
+                if found != kind:
+                    raise UserError(f"{source} holds a {found} ({layout.name}), not a {kind}")
+                return layout
+    raise UserError(f"{source} holds no {kind} in a known layout ({known(kind)}); "
+                    f"it begins with {', '.join(sorted(tensors)[:3])}")
+
+
+def known(kind):
+    return ", ".join(layout.name for layout in KNOWN[kind]) + (", nanoGPT" if kind == "GPT-2" else "")
+
+
+def rename(tensors, layout, source):
+    """{our name: float32 tensor}. What the table does not know comes under its name in quotes, as nobody's tensor."""
+    rules = [(re.compile(f"(?:{layout.prefix})?" + re.escape(template).replace(r"\{i\}", r"(?P<layer>\d+)")
+                         .replace(r"\*", ".*") + rf"(?:\.(?P<part>{'|'.join(PARTS)}))?"), target)
+             for template, target in layout.table.items()]
+    pieces = defaultdict(dict)
     try:
-        content = json.loads(text)
-        if isinstance(content, list):
-            yield from from_rows(enumerate(content, 1), name, broken)
-        elif "annotations" in content:
-            images = {image["id"]: image["file_name"] for image in content["images"]}
-            for note in content["annotations"]:
-                if note["image_id"] in images:
-                    yield Caption(images[note["image_id"]], note["caption"], None, note["image_id"], name)
-                else:
-                    broken.append(f"{name} image_id {note['image_id']}")
-        else:
-            for image in content["images"]:
-                path = f"{image.get('filepath', '')}/{image['filename']}"
-                for sentence in image["sentences"]:
-                    yield Caption(path, sentence["raw"], image.get("split"), image.get("cocoid"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name} is not JSON: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{name} is neither COCO's JSON, nor Karpathy's, nor a list of rows with image and caption "
-                        f"({type(error).__name__}: {error})") from None
-
-
-def json_lines(text):
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError:
-                yield number, None
-
-
-def csv_rows(text, name):
-    """(line number, row as a dict); a row of another length than the header is None. Commas, tabs, semicolons or bars."""
-    header = text.partition("\n")[0]
-    delimiter = max(",\t;|", key=header.count)
-    columns = [column.strip().lower() for column in next(csv.reader([header], delimiter=delimiter), [])]
-    if not set(columns) & set(IMAGE_FIELDS) or not set(columns) & set(TEXT_FIELDS):
-        raise UserError(f"{name} begins with {header[:60]!r}, where the columns image and caption should be named")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        for row in itertools.islice(reader, 1, None):
-            if row:
-                yield reader.line_num, dict(zip(columns, row)) if len(row) == len(columns) else None
-    except csv.Error as error:
-        raise UserError(f"{name} line {reader.line_num} is not CSV ({error}): put captions with commas or quotes in "
-                        "quotes, and double the quotes inside") from None
-
-
-def from_rows(rows, name, broken):
-    """(line number, dict) pairs -> captions; a row has one caption, or a list of them, or caption_0, caption_1 ..."""
-    for number, row in rows:
-        row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-        image = next((row[key] for key in IMAGE_FIELDS if row.get(key)), None)
-        texts = next((row[key] for key in TEXT_FIELDS if row.get(key)), None)
-        if texts is None:
-            texts = [text for key, text in row.items() if re.fullmatch(r"caption_\d+", key)]
-        texts = texts if isinstance(texts, list) else [texts]
-        if not image or not texts or not all(isinstance(text, str) for text in texts):
-            broken.append(f"{name} line {number}")
-        else:
-            split = row.get("split")
-            yield from (Caption(str(image), text, split and str(split), None, name) for text in texts)
-
-
-def from_parquet(file, pictures, broken):
-    """Hugging Face parquet: pictures in the column `image` as {bytes, path}, read when they are wanted."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{file.path} can only be read with pyarrow: pip install pyarrow") from None
-    try:
-        table = pyarrow.parquet.ParquetFile(file.open())
-        columns = [column for column in table.schema_arrow.names if column != "image"]
-        if len(columns) == len(table.schema_arrow.names):
-            raise UserError(f"{file.path} has no column named image")
-        rows = []
-        for group in range(table.num_row_groups):
-            for index, row in enumerate(table.read_row_group(group, columns).to_pylist()):
-                image = f"{basename(file.path)}/{row.get('filename') or f'{len(rows):06}.jpg'}"
-                opened = functools.partial(parquet_picture, table, group, index)
-                pictures.append(File(image, opened, (len(rows), *file.stamp)))
-                rows.append((len(rows), {**row, "image": image}))
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file.path} is not a whole parquet file: {error}") from None
-    return from_rows(rows, file.path, broken)
-
-
-def parquet_picture(table, group, index):
-    return io.BytesIO(parquet_group(table, group)[index]["bytes"])
-
-
-@functools.lru_cache(maxsize=1)                      # pictures are wanted in order: one group at a time is in memory
-def parquet_group(table, group):
-    return table.read_row_group(group, ["image"])["image"].to_pylist()
+        for name, tensor in tensors.items():
+            matches = ((pattern.fullmatch(name.replace("/", ".")), target) for pattern, target in rules)
+            match, target = next((found for found in matches if found[0]), (None, None))
+            if match and target is None:
+                continue
+            piece = ""
+            if match:
+                groups = match.groupdict()
+                target, _, piece = target.replace("{i}", groups.get("layer") or "").partition("/")
+                target += f".{PARTS[groups['part']]}" if groups["part"] else ""
+                tensor = layout.fix(target, tensor.float())
+            if not match or piece in pieces[target]:                 # unknown, or a second source of one tensor
+                target = f"'{name}'"
+            pieces[target][piece] = tensor
+        return {name: torch.cat([held[piece] for piece in sorted(held)]) if len(held) > 1 else held.popitem()[1]
+                for name, held in pieces.items()}
+    except (RuntimeError, IndexError) as error:                      # a transposition or concatenation of odd shapes
+        raise UserError(f"{source} holds {name} in a shape that {layout.name} does not have ({error})") from None

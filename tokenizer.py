@@ -89,7 +89,7 @@ class Tokenizer:
             raise UserError(f"vocab_size is {vocab_size}, but 256 bytes and the end token need 257")
         import regex                                      # comes with tiktoken
         pieces = Counter(piece for text in texts for piece in regex.findall(PATTERN, text))
-        words = [[bytes([b]) for b in piece.encode()] for piece in pieces]
+        words = [[bytes([b]) for b in piece.encode(errors="replace")] for piece in pieces]
         counts = list(pieces.values())
         pairs, where = Counter(), defaultdict(set)        # how often a pair occurs, and in which words
         for index, word in enumerate(words):

@@ -1,0 +1,440 @@
+"""Pretrained weights, in whatever layout they were published, -> weights/ (vit, gpt2 and the tokenizer).
+
+    python convert_weights.py                                    # downloads ViT-B/16 of torchvision and GPT-2 of the hub
+    python convert_weights.py --vit vit_b_16.pth --gpt2 FOLDER   # files at hand; --check dog.jpg to see that they work
+    python convert_weights.py --vision-gpt gurumurthy3/vision-gpt-flickr8k_v2       # -> weights/vision-gpt, complete
+    python convert_weights.py --checkpoint out/flickr8k --dtype float16             # -> out/flickr8k-float16, complete
+
+GPT-2: Hugging Face, OpenAI's TensorFlow checkpoint, nanoGPT; any size. ViT: torchvision (SWAG too), timm, DeiT, DINO,
+MAE, Hugging Face, Google's .npz, CLIP in OpenAI's or Hugging Face's form; any size.
+"""
+
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import checkpoint
+import cli
+import sources
+import vit as pictures
+from cli import UserError, flag
+from download import fetch
+from gpt2 import GPT2, GPT2Config
+from model import VisionGPT, VisionGPTConfig
+from resampler import ResamplerConfig
+from tokenizer import Tokenizer
+from vit import ViT, ViTConfig
+
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+DOWNLOADS = {                                # file -> (address, SHA-256 or its first digits)
+    "vit_b_16-c867db91.pth": ("https://download.pytorch.org/models/vit_b_16-c867db91.pth", "c867db91"),
+    "gpt2/model.safetensors": (f"{HUB}/openai-community/gpt2/resolve/main/model.safetensors",
+                               "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2/merges.txt": (f"{HUB}/openai-community/gpt2/resolve/main/merges.txt",
+                        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")}
+GPT2_VOCABULARY = 50257
+VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}        # by width, where the source does not say
+GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
+ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+               "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}      # Hugging Face's names
+
+
+@dataclass
+class ConvertConfig:
+    vit: str | None = flag(None, "ViT weights to convert", metavar="FILE|DIR")
+    gpt2: str | None = flag(None, "GPT-2 weights to convert", metavar="FILE|DIR")
+    vision_gpt: str | None = flag(None, "published Vision-GPT to make a checkpoint of", metavar="FILE|HUB_NAME")
+    checkpoint: str | None = flag(None, "trained checkpoint to make one stand-alone model of", metavar="DIR")
+    out: str | None = flag(None, "folder to write: weights, weights/vision-gpt or DIR-<dtype>", metavar="DIR")
+    dtype: str = flag("auto", "what the tensors are stored as; auto is float32", choices=cli.DTYPES)
+    heads: int | None = flag(None, "attention heads, where neither the source nor a known width tells")
+    image_size: int | None = flag(None, "interpolate the ViT's positions to pictures of this size")
+    check: str | None = flag(None, "show what the converted models make of this picture", metavar="IMAGE")
+
+    def __post_init__(self):
+        for name in ("heads", "image_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if sum(map(bool, (self.vit or self.gpt2, self.vision_gpt, self.checkpoint))) > 1:
+            raise UserError("--vision-gpt, --checkpoint and --vit or --gpt2 are different conversions: name one")
+        if self.image_size and (self.vision_gpt or self.checkpoint or self.gpt2 and not self.vit):
+            raise UserError("--image-size is for the conversion of a ViT")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models: sizes are read off the shapes, the rest off the source's own config and the layout
+
+
+def need(tensors, name, ndim, source):
+    """A tensor that tells a size. Raises UserError when it is missing or has not `ndim` dimensions."""
+    if name not in tensors or tensors[name].ndim != ndim:
+        raise UserError(f"{source} does not hold {name} with {ndim} dimensions")
+    return tensors[name]
+
+
+def count(tensors, prefix):
+    """How many layers, or how many outputs: the first length of a weight, 0 without it."""
+    if prefix in tensors:
+        return len(tensors[prefix])
+    return 1 + max((int(m[1]) for name in tensors if (m := re.match(rf"{prefix}\.(\d+)\.", name))), default=-1)
+
+
+def pick_heads(stated, given, width, table, source):
+    """Attention heads: what the source says, else --heads, else what published models of that width have."""
+    if stated and given and stated != given:
+        raise UserError(f"{source} says that it has {stated} attention heads, not {given}")
+    heads = stated or given or table.get(width)
+    if not heads:
+        raise UserError(f"{source} does not say how many attention heads it has: name their number with --heads")
+    return heads
+
+
+def activation_of(name, source):
+    if name not in ACTIVATIONS:
+        raise UserError(f"{source} needs the activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def build(module_class, config, tensors, kind, source):
+    """A module that holds `tensors`. Raises UserError that lists what differs and which layouts are known."""
+    with torch.device("meta"):
+        module = module_class(config)
+    try:
+        checkpoint.fill(module, tensors, source)
+    except UserError as error:
+        raise UserError(f"{error}; known layouts: {sources.known(kind)}") from None
+    return module.eval()
+
+
+def vit_sizes(tensors, source):
+    """The fields of ViTConfig that show in the shapes; gives class token and positions their batch dimension."""
+    C, _, P, _ = need(tensors, "patch_embed.weight", 4, source).shape
+    for name in ("cls_token", "pos_embed"):
+        if name in tensors:
+            tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])
+    N = need(tensors, "pos_embed", 3, source).shape[1] - 1
+    if math.isqrt(N) ** 2 != N:
+        raise UserError(f"{source} has {N + 1} positions: not a class token and a square of patches")
+    return dict(image_size=math.isqrt(N) * P, patch_size=P, n_embd=C, n_layer=count(tensors, "blocks"),
+                n_mlp=count(tensors, "blocks.0.mlp.fc1.weight"), n_class=count(tensors, "head.weight"))
+
+
+def vit_behaviour(layout, source, facts, image_size, path):
+    """The fields of ViTConfig that shapes do not show: from the layout, then from the files beside the weights."""
+    fields = dict(layout.config)
+    if layout is sources.TORCHVISION and ("swag" in Path(path).name or image_size > 224):
+        fields |= sources.CENTRE
+    if layout is sources.TIMM:
+        if facts["wrapper"] is None and "head.weight" in source:     # else DeiT, DINO or MAE: ImageNet's mean and std
+            fields |= sources.HALF
+        if shown := facts.get("pretrained_cfg"):
+            crop = shown["input_size"][-1]
+            fields |= dict(mean=shown["mean"], std=shown["std"], transform=dict(
+                resize=int(crop / shown["crop_pct"]), crop=crop, filter=shown["interpolation"]))
+    if layout is sources.GOOGLE:
+        fields["n_head"] = next((t.shape[1] for name, t in source.items() if name.endswith("query/kernel")), None)
+    if layout is sources.OPENAI_CLIP:
+        fields["n_head"] = len(source["visual.ln_pre.weight"]) // 64
+    if layout in (sources.HF_VIT, sources.HF_CLIP):
+        config = facts.get("vision_config", facts)
+        for ours, theirs in (("n_head", "num_attention_heads"), ("eps", "layer_norm_eps")):
+            if theirs in config:
+                fields[ours] = config[theirs]
+        if "hidden_act" in config:
+            fields["activation"] = activation_of(config["hidden_act"], path)
+        if shown := facts.get("preprocessor"):
+            fields |= dict(mean=shown["image_mean"], std=shown["image_std"], transform=hf_transform(shown))
+    return fields
+
+
+def hf_transform(shown):
+    """Hugging Face's preprocessor_config.json as ViTConfig.transform."""
+    side, crop = (min(v.values()) if isinstance(v, dict) else v for v in (shown["size"], shown.get("crop_size")))
+    filter = {2: "bilinear", 3: "bicubic"}[shown.get("resample", 2)]
+    if shown.get("do_center_crop"):
+        return dict(resize=side, crop=crop, filter=filter)
+    return dict(squash=side, filter=filter)
+
+
+def load_vit(path, heads=None, image_size=None):
+    """A ViT in any known layout -> (ViT in float32, the layout's name). `image_size` interpolates its positions."""
+    source, facts = sources.read(path)
+    if any(re.search(r"dist(illation)?_token", name) for name in source):
+        raise UserError(f"{path} is a distilled DeiT: its features come of a second token, which has no place here; "
+                        "take the plain DeiT of that size")
+    layout = sources.recognise(source, "ViT", path)
+    tensors = sources.rename(source, layout, path)
+    if any("pre_logits" in name for name in source):                 # ImageNet-21k: a tanh layer lies before the head
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    if layout.config is sources.CLIP and "norm_pre.weight" in tensors:                   # its filters have no bias
+        tensors["patch_embed.bias"] = torch.zeros_like(tensors["norm_pre.weight"])
+    sizes = vit_sizes(tensors, path)
+    fields = vit_behaviour(layout, source, facts, sizes["image_size"], path) | sizes
+    fields |= dict(image_size=image_size or sizes["image_size"],
+                   n_head=pick_heads(fields.get("n_head"), heads, sizes["n_embd"], VIT_HEADS, path))
+    config = ViTConfig(**fields)
+    config.transform = fit(config.transform, config.image_size)
+    if config.image_size != sizes["image_size"]:
+        tensors["pos_embed"] = interpolate(tensors["pos_embed"], config.image_size // config.patch_size)
+    return build(ViT, config, tensors, "ViT", path), layout.name
+
+
+def interpolate(positions, side):
+    """Positions (1, 1 + g * g, C) -> (1, 1 + side * side, C): bicubic, no antialias, the class token as it is."""
+    g, C = math.isqrt(positions.shape[1] - 1), positions.shape[2]
+    grid = positions[:, 1:].reshape(1, g, g, C).permute(0, 3, 1, 2)                      # (1, C, g, g)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def fit(transform, size):
+    """An evaluation transform for pictures of `size`; those published for more than 224 pixels cut no margin off."""
+    if "squash" in transform:
+        return transform | dict(squash=size)
+    if transform["crop"] == size:
+        return transform
+    return transform | dict(resize=size if size > 224 else transform["resize"] * size // transform["crop"], crop=size)
+
+
+def gpt2_sizes(tensors, source):
+    """The fields of GPT2Config that show in the shapes."""
+    V, C = need(tensors, "wte.weight", 2, source).shape
+    return dict(vocab_size=V, n_positions=len(need(tensors, "wpe.weight", 2, source)), n_embd=C, n_layer=count(tensors, "h"))
+
+
+def check_tied(source, name, embedding, path):
+    """Raises UserError when the file has a head of its own."""
+    head = next((tensor for key, tensor in source.items() if key.endswith(name)), embedding)
+    if not torch.equal(head.float(), embedding):
+        raise UserError(f"{path} has a head ({name}) that is not its token embedding: GPT-2's is")
+
+
+def load_gpt2(path, heads=None):
+    """A GPT-2 in any known layout -> (GPT2 in float32, the layout's name)."""
+    source, facts = sources.read(path)
+    layout = sources.recognise(source, "GPT-2", path)
+    fields = {"n_head": facts.get("n_head")}
+    if layout is sources.HF_GPT2:
+        rows, columns = next(tensor.shape for name, tensor in source.items() if name.endswith(layout.sign))
+        if rows == 3 * columns:                                      # (out, in): torch's Linear, not Conv1D
+            layout = sources.NANOGPT
+        else:
+            fields |= dict(eps=facts.get("layer_norm_epsilon", 1e-5),
+                           activation=activation_of(facts.get("activation_function", "gelu_new"), path))
+            if facts.get("scale_attn_by_inverse_layer_idx") or not facts.get("scale_attn_weights", True):
+                raise UserError(f"{path} scales its attention in a way of its own (see its config.json)")
+    tensors = sources.rename(source, layout, path)
+    check_tied(source, "lm_head.weight", need(tensors, "wte.weight", 2, path), path)
+    if len(tensors["wte.weight"]) > GPT2_VOCABULARY:
+        print(f"{path}: {len(tensors['wte.weight']) - GPT2_VOCABULARY} rows beyond GPT-2's vocabulary are left out",
+              file=sys.stderr)
+        tensors["wte.weight"] = tensors["wte.weight"][:GPT2_VOCABULARY]
+    if layout is sources.NANOGPT and not any(name.endswith(".bias") for name in tensors):        # trained with bias=False
+        tensors |= {name.replace("weight", "bias"): torch.zeros(len(tensor))
+                    for name, tensor in tensors.items() if not name.startswith("w")}
+    fields |= layout.config | gpt2_sizes(tensors, path)
+    fields["n_head"] = pick_heads(fields["n_head"], heads, fields["n_embd"], GPT2_HEADS, path)
+    return build(GPT2, GPT2Config(**fields), tensors, "GPT-2", path), layout.name
+
+
+def load_published(path, heads=None):
+    """The published Vision-GPT -> (VisionGPT in float32 without tokenizer, the layout's name)."""
+    source, facts = sources.read(path)
+    layout = sources.recognise(source, "Vision-GPT", path)
+    tensors = sources.rename(number_blocks(source, path), layout, path)
+    embedding = need(tensors, "gpt2.wte.weight", 2, path)
+    check_tied(source, "out_head.weight", embedding, path)
+    if len(embedding) != GPT2_VOCABULARY:
+        tensors["gpt2.wte.weight"] = embedding[:-1]                  # the last row is <|pad|>, which is never read
+    parts = {part: {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+             for part in ("vit", "gpt2", "resampler")}
+    sizes = vit_sizes(parts["vit"], path), gpt2_sizes(parts["gpt2"], path)
+    inner = len(need(tensors, "resampler.layers.0.q.weight", 2, path))
+    config = VisionGPTConfig(
+        vit=ViTConfig(n_head=pick_heads(None, heads, sizes[0]["n_embd"], VIT_HEADS, path), **sizes[0]),
+        gpt2=GPT2Config(n_head=pick_heads(facts.get("n_heads"), heads, sizes[1]["n_embd"], GPT2_HEADS, path), **sizes[1]),
+        resampler=ResamplerConfig(n_latent=len(tensors["resampler.latents"]), n_layer=count(tensors, "resampler.layers"),
+                                  n_head=inner // 64, n_mlp=count(tensors, "resampler.layers.0.fc1.weight")),
+        cross_attention={int(name.split(".")[1]) for name in tensors if name.startswith("xattn.")})
+    return build(VisionGPT, config, tensors, "Vision-GPT", path), layout.name
+
+
+def number_blocks(source, path):
+    """trf_blocks.{t} -> text.{i}, or cross.{i} where it is the cross-attention before text block i."""
+    text = sorted({int(m[1]) for name in source if (m := re.match(r"trf_blocks\.(\d+)\.norm1\.", name))})
+
+    def number(match):
+        t = int(match[1])
+        return f"text.{text.index(t)}." if t in text else f"cross.{sum(i < t for i in text)}."
+
+    numbered = {re.sub(r"^trf_blocks\.(\d+)\.", number, name): tensor for name, tensor in source.items()}
+    if len(numbered) < len(source):
+        raise UserError(f"{path} has two cross-attentions before one block")
+    return numbered
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing and looking
+
+
+def find_tokenizer(vocab_size, *folders):
+    """GPT-2's tokenizer from the tables beside the weights, else as tiktoken finds it; None, with a warning, if nowhere."""
+    if vocab_size != GPT2_VOCABULARY:
+        print(f"warning: a vocabulary of {vocab_size} is not GPT-2's: no tokenizer.json is written", file=sys.stderr)
+        return None
+    for folder in folders:
+        for file in (folder / "merges.txt", folder / "vocab.bpe", *sorted(folder.glob("*.tiktoken"))):
+            if file.exists():
+                return Tokenizer.gpt2(file)
+    try:
+        return Tokenizer.gpt2()
+    except UserError as error:
+        print(f"warning: no tokenizer.json is written. {error}", file=sys.stderr)
+        return None
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
+def write_backbone(name, module, layout, out, dtype):
+    """Write weights/vit.safetensors or gpt2.safetensors with the hash of its float32 tensors, and report it."""
+    make_folder(out)
+    digest = checkpoint.sha256(module.state_dict())
+    checkpoint.save_module(module.to(dtype), out / f"{name}.safetensors", sha256=digest)
+    report(module.float(), layout, digest, out / f"{name}.safetensors")
+
+
+def report(module, layout, digest, file):
+    sizes = [p.numel() for p in module.parameters()]
+    print(f"{file}: {layout}, {len(sizes)} tensors, {sum(sizes):,} parameters, sha256 {digest}")
+
+
+def write_checkpoint(model, layout, out, dtype, training):
+    """Write a complete checkpoint folder. Raises UserError rather than write over a training run."""
+    if any((out / name).exists() for name in ("fusion.safetensors", "training_state.pt")):
+        raise UserError(f"{out} holds a training run: name another folder with --out")
+    make_folder(out)
+    digest = checkpoint.sha256(model.state_dict())
+    model.save_pretrained(out, dtype, training=training)
+    report(model, layout, digest, out / "model.safetensors")
+
+
+def show_classes(vit, image):
+    """Print the five likeliest classes of a picture, seen through the evaluation transform that the weights name."""
+    if vit.head is None:
+        return print("these ViT weights have no classes to tell")
+    transform, image = vit.config.transform, pictures.load_image(image)
+    filter, side = Image.Resampling[transform["filter"].upper()], transform.get("crop")
+    if side:
+        image = image.resize([transform["resize"] * length // min(image.size) for length in image.size], filter)
+        left, top = (round((length - side) / 2) for length in image.size)
+        image = image.crop((left, top, left + side, top + side))
+    else:
+        image = image.resize((transform["squash"],) * 2, filter)
+    with torch.inference_mode():
+        logits = vit.classify(pictures.normalize(torch.from_numpy(np.array(image))[None], vit.config))
+    for probability, index in zip(*(v.tolist() for v in logits[0].softmax(-1).topk(5))):
+        print(f"class {index:<5} {probability:7.2%}")
+
+
+def show_continuations(gpt2, tokenizer, text="A photo of a man riding a"):
+    """Print the five likeliest tokens after a sentence."""
+    with torch.inference_mode():
+        logits = gpt2(torch.tensor([[tokenizer.end_id, *tokenizer.encode(text)]]))
+    for probability, token in zip(*(v.tolist() for v in logits[0, -1].softmax(-1).topk(5))):
+        print(f"{text}{tokenizer.decode([token])}  {probability:.2%}")
+
+
+def convert(settings):
+    if settings.check:
+        pictures.load_image(settings.check)                          # rather now than after the work
+    dtype = cli.pick_dtype(settings.dtype) or torch.float32
+    if settings.vision_gpt:
+        convert_published(settings, dtype)
+    elif settings.checkpoint:
+        convert_checkpoint(settings, dtype)
+    else:
+        convert_backbones(settings, dtype)
+
+
+def convert_backbones(settings, dtype):
+    files, out = {"vit": settings.vit, "gpt2": settings.gpt2}, Path(settings.out or "weights")
+    if not any(files.values()):
+        files = download_backbones()
+    if files["vit"]:
+        vit, layout = load_vit(files["vit"], settings.heads, settings.image_size)
+        write_backbone("vit", vit, layout, out, dtype)
+        if settings.check:
+            show_classes(vit, settings.check)
+    if files["gpt2"]:
+        gpt2, layout = load_gpt2(files["gpt2"], settings.heads)
+        tokenizer = find_tokenizer(gpt2.config.vocab_size, folder_of(files["gpt2"]))
+        write_backbone("gpt2", gpt2, layout, out, dtype)
+        if tokenizer:
+            tokenizer.save(out)
+            print(f"{out / 'tokenizer.json'}: GPT-2's, {tokenizer.vocab_size} tokens")
+        elif gpt2.config.vocab_size != GPT2_VOCABULARY:
+            (out / "tokenizer.json").unlink(missing_ok=True)         # another model's
+        if settings.check and tokenizer:
+            show_continuations(gpt2, tokenizer)
+
+
+def download_backbones(folder=Path("downloads")):
+    """{"vit": file, "gpt2": file} from where they were published."""
+    for name, (url, digest) in DOWNLOADS.items():
+        try:
+            fetch(url, folder / name, digest)
+        except UserError as error:
+            if not name.endswith("merges.txt"):                      # tiktoken may have these tables
+                raise
+            print(f"warning: {error}", file=sys.stderr)
+    return {"vit": folder / "vit_b_16-c867db91.pth", "gpt2": folder / "gpt2/model.safetensors"}
+
+
+def convert_published(settings, dtype):
+    path, out = Path(settings.vision_gpt), Path(settings.out or "weights/vision-gpt")
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", settings.vision_gpt):
+        path = fetch(f"{HUB}/{settings.vision_gpt}/resolve/main/model_fp32/model_checkpoint.pth",
+                     Path("downloads") / path.name / "model_checkpoint.pth")
+    model, layout = load_published(path, settings.heads)
+    beside = folder_of(path)
+    model.tokenizer = find_tokenizer(model.config.gpt2.vocab_size, beside, beside / "tokenizer", beside.parent / "tokenizer")
+    write_checkpoint(model, layout, out, dtype, dict(
+        photographs=True, source=settings.vision_gpt, data="Flickr8k, its train, val and test splits together"))
+    if settings.check and model.tokenizer:
+        print(model.caption(settings.check))
+
+
+def convert_checkpoint(settings, dtype):
+    folder = Path(settings.checkpoint)
+    out = Path(settings.out or f"{folder.resolve()}-{str(dtype).removeprefix('torch.')}")
+    if out.resolve() == folder.resolve():
+        raise UserError(f"--out is the checkpoint {folder} itself: name another folder")
+    model = VisionGPT.from_pretrained(folder, device="cpu")
+    write_checkpoint(model, "trained Vision-GPT", out, dtype, checkpoint.read_config(folder).get("training"))
+    if settings.check:
+        print(model.caption(settings.check))
+
+
+def folder_of(path):
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def main():
+    convert(ConvertConfig(**cli.parse(ConvertConfig, __doc__)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

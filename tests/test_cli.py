@@ -1,0 +1,161 @@
+"""Flags from a dataclass, one-line errors, progress, files that are written whole or not at all."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import cli
+from cli import UserError, flag
+
+
+@dataclass
+class Settings:
+    pictures: list[str] = flag(list, "pictures", positional=True, metavar="IMAGE")
+    batch_size: int = flag(32, "images per step")
+    learning_rate: float = flag(1e-3, "peak, of 100 %")
+    top_p: float | None = flag(None, "sample")
+    compile: bool = flag(False, "compile the model")
+    augment: bool = flag(True, "augment pictures")
+    train: str = flag("fusion", "what is trained", choices=["fusion", "all"])
+    captions: list[str] = flag(list, "caption files")
+    out: str = flag("", "folder")
+    prompt: str = flag("", "start of the text")
+    seed: int = flag(0, "of everything")
+    json: str | None = flag(None, "where results go", const="-")
+    internal: int = 7
+
+
+def parse(*args):
+    return cli.parse(Settings, "A script.\n\n  python script.py --out FOLDER", list(args))
+
+
+@pytest.mark.parametrize("args, given", [
+    (["--batch-size", "3"], dict(batch_size=3)), (["--batch-size=3"], dict(batch_size=3)),
+    (["--batch_size", "3"], dict(batch_size=3)), (["--batch_size=3"], dict(batch_size=3)), ([], {}),
+    (["--compile"], dict(compile=True)), (["--no-compile"], dict(compile=False)), (["--no_augment"], dict(augment=False)),
+    (["--top-p", "0.9"], dict(top_p=0.9)), (["--learning-rate", "3e-4"], dict(learning_rate=3e-4)),
+    (["--learning-rate", "-1.5"], dict(learning_rate=-1.5)), (["--seed", "-3"], dict(seed=-3)),
+    (["--captions", "a", "b"], dict(captions=["a", "b"])), (["--captions", "a", "--captions", "b"], dict(captions=["a", "b"])),
+    (["a.jpg", "b_c.jpg"], dict(pictures=["a.jpg", "b_c.jpg"])), (["-"], dict(pictures=["-"])),
+    (["a", "--seed", "1", "b"], dict(pictures=["a", "b"], seed=1)), (["--seed=1", "a"], dict(pictures=["a"], seed=1)),
+    (["--json"], dict(json="-")), (["--json", "x.json"], dict(json="x.json")), (["--train", "all"], dict(train="all")),
+    (["--out", "my_dir/a_b"], dict(out="my_dir/a_b")), (["--out=my_dir"], dict(out="my_dir")),
+    (["--prompt=--a_b"], dict(prompt="--a_b")), (["--prompt=a=b_c"], dict(prompt="a=b_c")), (["--prompt", ""], dict(prompt="")),
+    (["--prompt=-x"], dict(prompt="-x")), (["--prompt", "- a_b"], dict(prompt="- a_b"))])
+def test_flags_are_read(args, given):
+    """Only what was given, so that presets can tell; values are never altered."""
+    assert parse(*args) == given
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--batch", "3"], "unknown argument --batch (did you mean --batch-size?); see --help"),       # no abbreviations
+    (["--batch_sise=3"], "unknown argument --batch-sise (did you mean --batch-size?); see --help"),
+    (["--internal", "3"], "unknown argument --internal"), (["-q"], "unknown argument -q"),
+    (["--compile=False"], "--compile/--no-compile: ignored explicit argument 'False'"),
+    (["--train", "al"], "--train: 'al' is not one of fusion, all (did you mean all?)"),
+    (["--train", "x"], "--train: 'x' is not one of fusion, all\n"),
+    (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"), (["--top-p", "x"], "--top-p: invalid float value: 'x'"),
+    (["--out"], "--out: expected one argument"), (["--captions"], "--captions: expected at least one argument")])
+def test_wrong_usage_is_one_line_and_status_2(args, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*args)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and message in err and err.count("\n") == 1 and out == ""
+
+
+def test_help_explains_each_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    out, err = capsys.readouterr()
+    assert caught.value.code == 0 and err == ""
+    assert "  python script.py --out FOLDER\n" in out and "internal" not in out
+    for text in ("images per step [32]", "peak, of 100 % [0.001]", "compile the model [False]", "what is trained [fusion]",
+                 "of everything [0]", "--train {fusion,all}", "--augment, --no-augment", "IMAGE"):
+        assert text in out, text
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import cli
+
+def main():
+    {body}
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("body, status, out, err", [
+    ("print('fine')", 0, "fine\n", ""), ("raise cli.UserError('no such caption')", 1, "", "error: no such caption\n"),
+    ("print('so far'); raise cli.UserError('that was it')", 1, "so far\n", "error: that was it\n"),
+    ("open('nowhere/file')", 1, "", "error: [Errno 2] No such file or directory: 'nowhere/file'\n"),
+    ("raise KeyboardInterrupt", 130, "", "interrupted\n"), ("return 3", 3, "", "")])
+def test_run_ends_without_a_traceback(body, status, out, err, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_run_is_silent_when_its_reader_leaves(lines, tmp_path):
+    """As in `python script.py | head -0`: at a print, or when the last lines are flushed."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), body=f"print('line\\n' * {lines})"))
+    command = f"( sleep 0.1; {sys.executable} script.py; echo $? > status ) | true"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (tmp_path / "status").read_text() == "1\n" and done.stderr == ""
+
+
+def test_an_error_in_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+
+
+def test_nearest_names_what_was_meant():
+    assert cli.nearest("flickr", ["flickr8k", "shapes"]) == " (did you mean flickr8k?)"
+    assert cli.nearest("xyz", ["flickr8k", "shapes"]) == cli.nearest("a", []) == ""
+
+
+def test_atomic_leaves_a_whole_file_or_nothing(tmp_path):
+    file = tmp_path / "file"
+    with cli.atomic(file) as temporary:
+        Path(temporary).write_text("one")
+        assert not file.exists()
+    assert file.read_text() == "one"
+    for written in (True, False):
+        with pytest.raises(UserError), cli.atomic(file) as temporary:
+            if written:
+                Path(temporary).write_text("half of")
+            raise UserError("stopped")
+    assert file.read_text() == "one" and [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_progress_passes_everything_on_and_shows_late(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    assert list(cli.progress(range(9), "images")) == list(range(9))
+    out, err = capsys.readouterr()
+    assert out == "" and "images 4/9, " in err and " left" in err
+    monkeypatch.setattr(cli.time, "monotonic", lambda: 0)
+    assert list(cli.progress(iter("ab"), "letters", total=2)) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00 min"), (187, "3:07 min"), (3725, "1:02 h")])
+def test_clock_reads_as_people_do(seconds, text):
+    assert cli.clock(seconds) == text
+
+
+def test_devices_and_dtypes_by_name():
+    assert cli.pick_device("cpu") == cli.pick_device(torch.device("cpu")) == torch.device("cpu")
+    assert cli.pick_device("auto").type in cli.DEVICES
+    for wrong in ("tpu", "mps" if not torch.backends.mps.is_available() else "xpu"):
+        with pytest.raises(UserError, match=f"device '{wrong}' is not available here"):
+            cli.pick_device(wrong)
+    found = [cli.pick_dtype(name) for name in cli.DTYPES]
+    assert found == [None, *[torch.float32, torch.float16, torch.bfloat16] * 2]

@@ -1,0 +1,313 @@
+"""The captioner: shared images, the lean loss, freezing, captions of pictures, and what must stay as it was."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import model as model_module
+from cli import UserError
+from gpt2 import GPT2Config
+from model import VisionGPT, VisionGPTConfig
+from resampler import ResamplerConfig
+from tokenizer import Tokenizer, pad_captions
+from vit import ViTConfig
+
+TEXTS = ["a dog runs on the grass", "a dog sleeps on the red sofa", "two dogs run", "the cat sits", "it's a cat."] * 2
+
+
+def tiny_config(vocab_size, n_positions=64, **gpt2):
+    return VisionGPTConfig(ViTConfig(image_size=16, patch_size=8, n_layer=2, n_head=2, n_embd=12, n_mlp=16),
+                           GPT2Config(vocab_size, n_positions, n_layer=4, n_head=2, n_embd=16, **gpt2),
+                           ResamplerConfig(n_latent=3, n_layer=2, n_head=2, head_width=4, n_mlp=8))
+
+
+def tiny_model(vocab_size=40, tokenizer=None, seed=0, std=0.3, **gpt2):
+    """A captioner whose every parameter is random, the output projections of its cross-attention too; in eval mode."""
+    model = VisionGPT(tiny_config(tokenizer.vocab_size if tokenizer else vocab_size, **gpt2), tokenizer).eval()
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model
+
+
+def captioner(**config):
+    return tiny_model(tokenizer=Tokenizer.train(TEXTS, 300), **config)
+
+
+def batch(rows=(4, 1, 7, 0, 3), vocab_size=40):
+    """Captions of these lengths, padded: tokens and targets (R, T)."""
+    captions = [torch.randint(vocab_size - 1, (length,)).tolist() for length in rows]
+    return pad_captions(captions, vocab_size - 1)
+
+
+@torch.no_grad()
+def test_untrained_fusion_leaves_gpt2_exactly_as_it_was():
+    model = tiny_model()
+    for cross in model.xattn.values():
+        torch.nn.init.zeros_(cross.out.weight)
+        torch.nn.init.zeros_(cross.out.bias)
+    fresh = VisionGPT(tiny_config(40))
+    assert not any(p.any() for cross in fresh.xattn.values() for p in cross.out.parameters())
+    tokens, images = batch()[0], torch.randn(5, 3, 16, 16)
+    assert torch.equal(model(tokens, model.encode(images))[0], model.gpt2(tokens))
+    for cross in model.xattn.values():
+        torch.nn.init.normal_(cross.out.weight)
+    one, other = (model(tokens, model.encode(x))[0] for x in (images, images.flip(0)))
+    assert (one - other).abs().amax((1, 2))[[0, 1, 3, 4]].min() > 1e-3       # row 2 sees the same image both times
+
+
+def test_default_cross_attention_is_at_a_quarter_a_half_and_three_quarters():
+    with torch.device("meta"):
+        model = VisionGPT()
+    assert list(model.xattn) == ["3", "6", "9"] and model.end_id == 50256
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 11_084_288 and sum(p.numel() for p in model.parameters()) == trained + 85_798_656 + 124_439_808
+    assert VisionGPTConfig(gpt2=GPT2Config(n_layer=8)).cross_attention == (2, 4, 6)
+    assert VisionGPTConfig(gpt2=GPT2Config(n_layer=1)).cross_attention == (0,)
+    assert VisionGPTConfig(cross_attention=[11, 0]).cross_attention == (0, 11)
+    with pytest.raises(UserError, match="outside GPT-2's 0 to 11"):
+        VisionGPTConfig(cross_attention=(12,))
+
+
+@torch.no_grad()
+def test_cross_attention_runs_before_its_blocks():
+    """With the text blocks made the identity, the logits are those of cross-attention alone, one after the other."""
+    model = tiny_model()
+    for block in model.gpt2.h:
+        for layer in (block.attn.c_proj, block.mlp.c_proj):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    torch.nn.init.normal_(model.gpt2.h[3].mlp.c_proj.bias)               # a step that only what follows block 3 ...
+    tokens, visual = batch()[0], torch.randn(5, 3, 16)
+    x, groups = model.gpt2.embed(tokens), model_module.Groups(5)
+    for layer in range(4):
+        if str(layer) in model.xattn:
+            x = model.xattn[str(layer)](x, model.xattn[str(layer)].keys_values(visual), groups)
+        if layer == 3:
+            x = x + model.gpt2.h[3].mlp.c_proj.bias                       # ... sees, and cross-attention 3 does not
+    assert torch.allclose(model(tokens, visual)[0], model.gpt2.logits(x), atol=1e-4)
+
+
+@torch.no_grad()
+def test_encode_takes_cached_patch_tokens():
+    model, images = tiny_model(), torch.randn(3, 3, 16, 16)
+    tokens = model.vit(images)
+    assert tokens.shape == (3, 5, 12)
+    visual = model.encode(images)
+    assert visual.shape == (3, 3, 16)
+    assert torch.equal(visual, model.encode(features=tokens[:, 1:]))
+    assert torch.allclose(visual, model.encode(features=tokens[:, 1:].half()), atol=0.05)
+    assert not torch.allclose(visual, model.encode(features=tokens[:, :-1]), atol=0.05)   # the class token is not used
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loss
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(one, other, relative=1e-5):
+    assert one.keys() == other.keys()
+    a, b = (torch.cat([g[name].flatten() for name in one]) for g in (one, other))
+    assert (a - b).norm() <= relative * b.norm() and b.norm() > 0
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("image", [None, [0, 0, 1, 1, 2], [2, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
+def test_loss_equals_the_loss_of_forward(frozen, image, monkeypatch):
+    monkeypatch.setattr(model_module, "CHUNK", 4)
+    model = tiny_model(std=0.2).freeze(frozen)
+    tokens, targets = batch()
+    image = None if image is None else torch.tensor(image)
+    images = torch.randn(5 if image is None else 3, 3, 16, 16)
+    lean = model.loss(tokens, visual=model.encode(images), targets=targets, image=image)
+    lean_gradients = gradients(model, lean)
+    logits, full = model(tokens, visual=model.encode(images), targets=targets, image=image)
+    assert logits.shape == (5, 8, 40) and abs(lean - full) <= 1e-5 * full
+    full_gradients = gradients(model, full)
+    assert_same_gradients(lean_gradients, full_gradients)
+    trained = {name.split(".")[0] for name in full_gradients}
+    assert trained == ({"resampler", "xattn"} if frozen else {"vit", "gpt2", "resampler", "xattn"})
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing_equals_cross_entropys(frozen, smoothing, monkeypatch):
+    monkeypatch.setattr(model_module, "CHUNK", 4)
+    model = tiny_model(std=0.2).freeze(frozen)
+    tokens, targets = batch()
+    visual = torch.randn(5, 3, 16)
+    lean = model.loss(tokens, visual, targets, label_smoothing=smoothing, reduction="sum") / 3
+    lean_gradients = gradients(model, lean)
+    logits = model(tokens, visual)[0]
+    full = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=smoothing) / 3
+    assert abs(lean - full) <= 1e-5 * full
+    assert_same_gradients(lean_gradients, gradients(model, full))
+
+
+@torch.no_grad()
+def test_a_captions_loss_does_not_depend_on_its_batch():
+    model = tiny_model()
+    rows = [[3, 1, 4], [1], [], [5, 9, 2, 6, 5, 3, 5], [39, 39]]           # the end token inside a text is a real target
+    images = torch.randn(3, 3, 16, 16)
+    image = [0, 2, 2, 1, 0]
+    alone = []
+    for row, i in zip(rows, image):
+        tokens, targets = pad_captions([row], 39)
+        assert tokens.tolist() == [[39, *row]] and targets.tolist() == [[*row, 39]]
+        alone.append(model.loss(tokens, model.encode(images[i : i + 1]), targets, reduction="sum"))
+    tokens, targets = pad_captions(rows, 39)
+    together = model.loss(tokens, model.encode(images), targets, image=torch.tensor(image), reduction="sum")
+    assert torch.allclose(together, sum(alone), rtol=1e-5)
+    mean = model.loss(tokens, model.encode(images), targets, image=torch.tensor(image))
+    assert torch.allclose(mean, sum(alone) / sum(len(row) + 1 for row in rows), rtol=1e-5)
+    assert (targets != -100).sum() == 18
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 2, 2], [2, 1, 0, 0, 1, 2], [1, 1, 1, 1, 1, 1], None])
+def test_rows_that_share_an_image_give_the_logits_of_copies(image):
+    model, (tokens, targets) = tiny_model(), batch((4, 1, 7, 0, 3, 2))
+    visual = torch.randn(6 if image is None else 3, 3, 16)
+    shared, loss = model(tokens, visual, targets, image=None if image is None else torch.tensor(image))
+    copied, same = model(tokens, visual if image is None else visual[image], targets)
+    assert torch.allclose(shared, copied, atol=1e-5) and torch.allclose(loss, same)
+
+
+def test_rows_and_images_that_do_not_pair_are_refused():
+    model, (tokens, targets) = tiny_model(), batch()
+    for image in (None, torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 3, 0])):
+        with pytest.raises(UserError, match="image"):
+            model(tokens, torch.randn(3, 3, 16), targets, image=image)
+
+
+@torch.no_grad()
+def test_without_images_it_is_plain_gpt2():
+    model, (tokens, targets) = tiny_model(), batch()
+    logits, loss = model(tokens, targets=targets)
+    assert torch.equal(logits, model.gpt2(tokens)) and torch.allclose(model.loss(tokens, targets=targets), loss)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is trained
+
+
+def test_frozen_parts_stay_in_eval_mode():
+    model = VisionGPT(tiny_config(40, dropout=0.5))
+    assert not model.vit.training and not model.gpt2.training and model.resampler.training
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith(("resampler.", "xattn."))}
+    assert {name.split(".")[0] for name in model.state_dict()} == {"vit", "gpt2", "resampler", "xattn"}
+    model.freeze(False)
+    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+    model.eval()
+    assert not any(m.training for m in model.modules())
+    model.freeze().train()
+    assert not any(m.training for part in (model.vit, model.gpt2) for m in part.modules())
+    assert model.xattn.training and not model.gpt2.wte.weight.requires_grad
+
+
+def test_a_training_step_changes_the_fusion_alone():
+    model, (tokens, targets) = tiny_model(std=0.2).train(), batch()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.loss(tokens, model.encode(torch.randn(5, 3, 16, 16)), targets).backward()
+    optimizer.step()
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, before[name]) == name.startswith(("vit.", "gpt2.")), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# captions
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Five picture files."""
+    rng = np.random.default_rng(0)
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(file)
+    return files
+
+
+def test_caption_takes_a_path_or_a_picture_or_a_list_of_them(photos):
+    model = captioner()
+    texts = [model.caption(str(file), max_length=9) for file in photos]
+    assert all(isinstance(text, str) for text in texts) and len(set(texts)) > 1
+    assert model.caption(photos, max_length=9) == texts
+    assert model.caption([Image.open(file) for file in photos], batch_size=2, max_length=9) == texts
+    assert model.generate(model.preprocess(photos), max_length=9) == texts
+    assert model.caption([]) == []
+    assert model.caption(photos[0], max_length=9, num_beams=3, num_return_sequences=2) == \
+        model.caption(photos[:1], max_length=9, num_beams=3, num_return_sequences=2)
+
+
+def test_captions_hold_the_prompt_and_neither_blanks_round_it_nor_special_tokens(photos):
+    model = captioner()
+    for prompt in ("", "a dog", " a dog", "<|endoftext|>"):
+        for text in model.caption(photos, prompt=prompt, max_length=6):
+            assert text.startswith(prompt.strip()) and text == text.strip()
+            assert prompt == "<|endoftext|>" or "<|endoftext|>" not in text
+    text, = model.generate(prompt="the cat", max_length=5)                   # no image: GPT-2 goes on
+    tokens = [model.end_id, *model.tokenizer.encode("the cat")]
+    for _ in range(5):
+        tokens.append(model.gpt2(torch.tensor([tokens]))[0, -1].argmax().item())
+    assert model.end_id not in tokens[1:] and text == model.tokenizer.decode(tokens).strip()
+
+
+def test_generate_refuses_more_tokens_than_positions_before_any_work():
+    model = captioner()
+    not_even_images = torch.zeros(1)
+    with pytest.raises(UserError, match="max_length 64 is more than the 63 positions"):
+        model.generate(not_even_images, max_length=64)
+    with pytest.raises(UserError, match="max_length 60 .* prompt of 6 tokens"):
+        model.generate(not_even_images, max_length=60, prompt="abcdef")
+    assert len(model.generate_tokens(None, model_module.DecodingConfig(max_length=63, min_length=63))[0][0]) == 63
+
+
+def test_model_without_its_tokenizer_says_so():
+    with pytest.raises(UserError, match="no tokenizer"):
+        tiny_model().generate(torch.zeros(1, 3, 16, 16))
+    model = tiny_model(vocab_size=40)
+    model.tokenizer = Tokenizer.train(TEXTS, 300)
+    with pytest.raises(UserError, match="296 tokens, the model 40"):
+        model.generate(torch.zeros(1, 3, 16, 16))
+
+
+@torch.no_grad()
+def test_score_is_the_mean_log_probability_of_a_caption(photos):
+    model = captioner()
+    images, captions = model.preprocess(photos[:3]), ["a dog", "the cat sits on it's sofa", ""]
+    scores = model.score(images, captions)
+    for image, caption, score in zip(images, captions, scores.tolist()):
+        row = model.tokenizer.encode(caption)
+        logits, _ = model(torch.tensor([[model.end_id, *row]]), model.encode(image[None]))
+        logprob = logits[0].log_softmax(-1)[range(len(row) + 1), [*row, model.end_id]]
+        assert abs(score - logprob.mean().item()) < 1e-4
+
+
+def test_nothing_global_changes(photos, tmp_path):
+    def state():
+        return (torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads(),
+                torch.get_rng_state().tolist(), torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32,
+                torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), random.getstate(),
+                np.random.get_state()[1].tolist(), torch.get_default_device())
+
+    model = captioner()
+    before = state()
+    model.caption(photos, max_length=5)
+    model.caption(photos, max_length=5, num_beams=3, no_repeat_ngram=2)
+    model.caption(photos, max_length=5, temperature=1.0, generator=torch.Generator().manual_seed(1))
+    model.score(model.preprocess(photos[:1]), ["a dog"])
+    model.save_pretrained(tmp_path)
+    VisionGPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert state() == before
