@@ -1,4 +1,4 @@
-"""Where the model looked: its attention probabilities, computed again from the weights, as maps over the picture.
+"""Where the model looked: its attention probabilities, computed again as in the forward pass.
 
 Letters: B images, one caption each, T text positions, N = h * w patches, L latents, H heads, D head width.
 """
@@ -11,18 +11,18 @@ from resampler import Groups
 
 @torch.inference_mode()
 def attention_maps(model, images, tokens, layer=None):
-    """Images (B, 3, S, S) and captions (B, T), start token first -> (B, T, h, w) float32 on the CPU, each map of sum 1.
+    """Images (B, 3, S, S), captions (B, T) after a start token -> maps (B, T, h, w) of sum 1, on the CPU.
 
-    The map at position t is of the step that wrote token t + 1: attention to the latents, through the last resampler
-    layer's attention to the patches, heads averaged; of cross-attention block `layer`, None: the mean of all of them.
-    Raises UserError when block `layer` has no cross-attention.
+    The map at position t is of the step that chose token t + 1: cross-attention to the latents times the last
+    resampler layer's attention to the patches, heads averaged. `layer` is a block of GPT-2, None the mean of
+    all; raises UserError when it has no cross-attention.
     """
     if layer is not None and layer not in model.config.cross_attention:
         blocks = ", ".join(map(str, model.config.cross_attention))
         raise UserError(f"GPT-2's block {layer} has no cross-attention; choose from {blocks}")
     features = model.vit(images.to(model.device, model.vit.cls_token.dtype))[:, 1:]
     visual, of_patches = resampler_attention(model.resampler, features)
-    of_latents = cross_attention(model, tokens.to(model.device), visual)                    # {block: (B, H, T, L)}
+    of_latents = cross_attention(model, tokens.to(model.device), visual)
     chosen = list(of_latents.values()) if layer is None else [of_latents[layer]]
     maps = torch.stack(chosen).mean((0, 2)) @ of_patches[-1].mean(1)                        # (B, T, N)
     side = model.config.vit.image_size // model.config.vit.patch_size
@@ -30,12 +30,12 @@ def attention_maps(model, images, tokens, layer=None):
 
 
 def probabilities(q, k):
-    """What scaled_dot_product_attention weighs its values with: q (..., T, D), k (..., L, D) -> (..., T, L) float32."""
+    """Weights of scaled_dot_product_attention with q (..., T, D) and k (..., L, D): (..., T, L), float32."""
     return (q.float() @ k.float().transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
 
 
 def resampler_attention(resampler, features):
-    """The loop of PerceiverResampler -> visual tokens (B, L, C) and each layer's probabilities (B, H, L, N)."""
+    """The loop of PerceiverResampler: visual tokens (B, L, C), each layer's probabilities (B, H, L, N)."""
     patches = resampler.project(features.to(resampler.latents.dtype))
     latents, of_patches = resampler.latents.expand(len(patches), -1, -1), []
     for layer in resampler.layers:

@@ -119,7 +119,8 @@ def progress(items, label, total=None, unit=""):
         now = time.monotonic()
         if done and now - start > 2 and now - last > (0.2 if live else 10):
             left = (total - done) * (now - start) / done
-            print(f"\r{label} {done}/{total}{unit}, {clock(left)} left ", end="" if live else "\n", file=sys.stderr, flush=True)
+            before, after = ("\r", " ") if live else ("", "\n")
+            print(f"{before}{label} {done}/{total}{unit}, {clock(left)} left", end=after, file=sys.stderr, flush=True)
             last, shown = now, True
         yield item
     if shown and live:

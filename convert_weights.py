@@ -1,12 +1,13 @@
-"""Pretrained weights, in whatever layout they were published, -> weights/ (vit, gpt2 and the tokenizer).
+"""Pretrained weights, in whatever layout they were published, -> weights/: vit, gpt2, tokenizer.
 
-    python convert_weights.py                                    # downloads ViT-B/16 of torchvision and GPT-2 of the hub
-    python convert_weights.py --vit vit_b_16.pth --gpt2 FOLDER   # files at hand; --check dog.jpg to see that they work
-    python convert_weights.py --vision-gpt gurumurthy3/vision-gpt-flickr8k_v2       # -> weights/vision-gpt, complete
-    python convert_weights.py --checkpoint out/flickr8k --dtype float16             # -> out/flickr8k-float16, complete
+    python convert_weights.py                                    # downloads torchvision's ViT-B/16 and GPT-2
+    python convert_weights.py --vit vit_b_16.pth --gpt2 FOLDER   # files at hand; --check dog.jpg tries them
+    python convert_weights.py --vision-gpt gurumurthy3/vision-gpt-flickr8k_v2     # -> weights/vision-gpt
+    python convert_weights.py --checkpoint out/flickr8k --dtype float16           # -> out/flickr8k-float16
 
-GPT-2: Hugging Face, OpenAI's TensorFlow checkpoint, nanoGPT; any size. ViT: torchvision (SWAG too), timm, DeiT, DINO,
-MAE, Hugging Face, Google's .npz, CLIP in OpenAI's or Hugging Face's form; any size.
+GPT-2: Hugging Face, OpenAI's TensorFlow checkpoint, nanoGPT. ViT: torchvision (SWAG too), timm, DeiT, DINO,
+MAE, Hugging Face, Google's .npz, CLIP in OpenAI's or Hugging Face's form. Any size of either. The last two
+commands write complete checkpoints. sources.py holds the layouts.
 """
 
 import math
@@ -51,7 +52,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "
 class ConvertConfig:
     vit: str | None = flag(None, "ViT weights to convert", metavar="FILE|DIR")
     gpt2: str | None = flag(None, "GPT-2 weights to convert", metavar="FILE|DIR")
-    vision_gpt: str | None = flag(None, "published Vision-GPT to make a checkpoint of", metavar="FILE|HUB_NAME")
+    vision_gpt: str | None = flag(None, "published Vision-GPT to convert", metavar="FILE|HUB_NAME")
     checkpoint: str | None = flag(None, "trained checkpoint to make one stand-alone model of", metavar="DIR")
     out: str | None = flag(None, "folder to write: weights, weights/vision-gpt or DIR-<dtype>", metavar="DIR")
     dtype: str = flag("auto", "what the tensors are stored as; auto is float32", choices=cli.DTYPES)
@@ -64,27 +65,25 @@ class ConvertConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if sum(map(bool, (self.vit or self.gpt2, self.vision_gpt, self.checkpoint))) > 1:
-            raise UserError("--vision-gpt, --checkpoint and --vit or --gpt2 are different conversions: name one")
+            raise UserError("--vision-gpt, --checkpoint and --vit or --gpt2 are different tasks: name one")
         if self.image_size and (self.vision_gpt or self.checkpoint or self.gpt2 and not self.vit):
             raise UserError("--image-size is for the conversion of a ViT")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # models: sizes are read off the shapes, the rest off the source's own config and the layout
 
 
-def need(tensors, name, ndim, source):
-    """A tensor that tells a size. Raises UserError when it is missing or has not `ndim` dimensions."""
-    if name not in tensors or tensors[name].ndim != ndim:
-        raise UserError(f"{source} does not hold {name} with {ndim} dimensions")
-    return tensors[name]
+def shape_of(tensors, name, usual):
+    """The shape of a tensor, or the usual one where it is missing: `checkpoint.fill` lists what differs."""
+    found = tensors.get(name)
+    return usual if found is None or found.ndim != len(usual) else tuple(found.shape)
 
 
 def count(tensors, prefix):
-    """How many layers, or how many outputs: the first length of a weight, 0 without it."""
-    if prefix in tensors:
-        return len(tensors[prefix])
-    return 1 + max((int(m[1]) for name in tensors if (m := re.match(rf"{prefix}\.(\d+)\.", name))), default=-1)
+    """The number of layers under a prefix."""
+    numbers = (int(m[1]) for name in tensors if (m := re.match(rf"{prefix}\.(\d+)\.", name)))
+    return 1 + max(numbers, default=-1)
 
 
 def pick_heads(stated, given, width, table, source):
@@ -93,7 +92,7 @@ def pick_heads(stated, given, width, table, source):
         raise UserError(f"{source} says that it has {stated} attention heads, not {given}")
     heads = stated or given or table.get(width)
     if not heads:
-        raise UserError(f"{source} does not say how many attention heads it has: name their number with --heads")
+        raise UserError(f"{source} does not say how many attention heads it has: name them with --heads")
     return heads
 
 
@@ -115,32 +114,34 @@ def build(module_class, config, tensors, kind, source):
 
 
 def vit_sizes(tensors, source):
-    """The fields of ViTConfig that show in the shapes; gives class token and positions their batch dimension."""
-    C, _, P, _ = need(tensors, "patch_embed.weight", 4, source).shape
+    """The fields of ViTConfig that show in the shapes; reshapes class token and positions to (1, N, C)."""
     for name in ("cls_token", "pos_embed"):
         if name in tensors:
             tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])
-    N = need(tensors, "pos_embed", 3, source).shape[1] - 1
+    C, _, P, _ = shape_of(tensors, "patch_embed.weight", (768, 3, 16, 16))
+    N = shape_of(tensors, "pos_embed", (1, 197, C))[1] - 1
     if math.isqrt(N) ** 2 != N:
         raise UserError(f"{source} has {N + 1} positions: not a class token and a square of patches")
     return dict(image_size=math.isqrt(N) * P, patch_size=P, n_embd=C, n_layer=count(tensors, "blocks"),
-                n_mlp=count(tensors, "blocks.0.mlp.fc1.weight"), n_class=count(tensors, "head.weight"))
+                n_mlp=shape_of(tensors, "blocks.0.mlp.fc1.weight", (3072, C))[0],
+                n_class=shape_of(tensors, "head.weight", (0, C))[0])
 
 
 def vit_behaviour(layout, source, facts, image_size, path):
-    """The fields of ViTConfig that shapes do not show: from the layout, then from the files beside the weights."""
+    """The fields of ViTConfig that shapes do not show: from the layout, then from files beside the weights."""
     fields = dict(layout.config)
     if layout is sources.TORCHVISION and ("swag" in Path(path).name or image_size > 224):
         fields |= sources.CENTRE
     if layout is sources.TIMM:
-        if facts["wrapper"] is None and "head.weight" in source:     # else DeiT, DINO or MAE: ImageNet's mean and std
+        if facts["wrapper"] is None and "head.weight" in source:     # DeiT, DINO, MAE: ImageNet's mean, std
             fields |= sources.HALF
         if shown := facts.get("pretrained_cfg"):
             crop = shown["input_size"][-1]
             fields |= dict(mean=shown["mean"], std=shown["std"], transform=dict(
                 resize=int(crop / shown["crop_pct"]), crop=crop, filter=shown["interpolation"]))
     if layout is sources.GOOGLE:
-        fields["n_head"] = next((t.shape[1] for name, t in source.items() if name.endswith("query/kernel")), None)
+        kernels = (tensor for name, tensor in source.items() if name.endswith("query/kernel"))
+        fields["n_head"] = next((kernel.shape[1] for kernel in kernels if kernel.ndim == 3), None)
     if layout is sources.OPENAI_CLIP:
         fields["n_head"] = len(source["visual.ln_pre.weight"]) // 64
     if layout in (sources.HF_VIT, sources.HF_CLIP):
@@ -150,45 +151,47 @@ def vit_behaviour(layout, source, facts, image_size, path):
                 fields[ours] = config[theirs]
         if "hidden_act" in config:
             fields["activation"] = activation_of(config["hidden_act"], path)
-        if shown := facts.get("preprocessor"):
+        shown = facts.get("preprocessor", {})
+        if {"image_mean", "image_std", "size"} <= shown.keys():
             fields |= dict(mean=shown["image_mean"], std=shown["image_std"], transform=hf_transform(shown))
     return fields
 
 
 def hf_transform(shown):
     """Hugging Face's preprocessor_config.json as ViTConfig.transform."""
-    side, crop = (min(v.values()) if isinstance(v, dict) else v for v in (shown["size"], shown.get("crop_size")))
-    filter = {2: "bilinear", 3: "bicubic"}[shown.get("resample", 2)]
+    sizes = shown["size"], shown.get("crop_size")
+    side, crop = (min(size.values()) if isinstance(size, dict) else size for size in sizes)
+    filter = "bicubic" if shown.get("resample") == 3 else "bilinear"
     if shown.get("do_center_crop"):
         return dict(resize=side, crop=crop, filter=filter)
     return dict(squash=side, filter=filter)
 
 
 def load_vit(path, heads=None, image_size=None):
-    """A ViT in any known layout -> (ViT in float32, the layout's name). `image_size` interpolates its positions."""
+    """A ViT in any known layout -> (ViT in float32, layout's name). `image_size` interpolates its positions."""
     source, facts = sources.read(path)
     if any(re.search(r"dist(illation)?_token", name) for name in source):
-        raise UserError(f"{path} is a distilled DeiT: its features come of a second token, which has no place here; "
-                        "take the plain DeiT of that size")
+        raise UserError(f"{path} is a distilled DeiT: its features come of a second token, which has no "
+                        "place here; take the plain DeiT of that size")
     layout = sources.recognise(source, "ViT", path)
     tensors = sources.rename(source, layout, path)
-    if any("pre_logits" in name for name in source):                 # ImageNet-21k: a tanh layer lies before the head
+    if any("pre_logits" in name for name in source):                 # ImageNet-21k: a tanh layer before it
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    if layout.config is sources.CLIP and "norm_pre.weight" in tensors:                   # its filters have no bias
-        tensors["patch_embed.bias"] = torch.zeros_like(tensors["norm_pre.weight"])
     sizes = vit_sizes(tensors, path)
+    if layout.config is sources.CLIP:                                # its filters have no bias
+        tensors["patch_embed.bias"] = torch.zeros(sizes["n_embd"])
     fields = vit_behaviour(layout, source, facts, sizes["image_size"], path) | sizes
     fields |= dict(image_size=image_size or sizes["image_size"],
                    n_head=pick_heads(fields.get("n_head"), heads, sizes["n_embd"], VIT_HEADS, path))
     config = ViTConfig(**fields)
     config.transform = fit(config.transform, config.image_size)
-    if config.image_size != sizes["image_size"]:
+    if config.image_size != sizes["image_size"] and "pos_embed" in tensors:
         tensors["pos_embed"] = interpolate(tensors["pos_embed"], config.image_size // config.patch_size)
     return build(ViT, config, tensors, "ViT", path), layout.name
 
 
 def interpolate(positions, side):
-    """Positions (1, 1 + g * g, C) -> (1, 1 + side * side, C): bicubic, no antialias, the class token as it is."""
+    """Positions (1, 1 + g * g, C) -> (1, 1 + side * side, C): bicubic, no antialias, class token as it is."""
     g, C = math.isqrt(positions.shape[1] - 1), positions.shape[2]
     grid = positions[:, 1:].reshape(1, g, g, C).permute(0, 3, 1, 2)                      # (1, C, g, g)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=False)
@@ -196,25 +199,27 @@ def interpolate(positions, side):
 
 
 def fit(transform, size):
-    """An evaluation transform for pictures of `size`; those published for more than 224 pixels cut no margin off."""
+    """An evaluation transform for pictures of `size`; those published for over 224 pixels have no margin."""
     if "squash" in transform:
         return transform | dict(squash=size)
     if transform["crop"] == size:
         return transform
-    return transform | dict(resize=size if size > 224 else transform["resize"] * size // transform["crop"], crop=size)
+    resize = size if size > 224 else transform["resize"] * size // transform["crop"]
+    return transform | dict(resize=resize, crop=size)
 
 
-def gpt2_sizes(tensors, source):
+def gpt2_sizes(tensors):
     """The fields of GPT2Config that show in the shapes."""
-    V, C = need(tensors, "wte.weight", 2, source).shape
-    return dict(vocab_size=V, n_positions=len(need(tensors, "wpe.weight", 2, source)), n_embd=C, n_layer=count(tensors, "h"))
+    V, C = shape_of(tensors, "wte.weight", (GPT2_VOCABULARY, 768))
+    T, _ = shape_of(tensors, "wpe.weight", (1024, C))
+    return dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=count(tensors, "h"))
 
 
 def check_tied(source, name, embedding, path):
-    """Raises UserError when the file has a head of its own."""
-    head = next((tensor for key, tensor in source.items() if key.endswith(name)), embedding)
-    if not torch.equal(head.float(), embedding):
-        raise UserError(f"{path} has a head ({name}) that is not its token embedding: GPT-2's is")
+    """Raises UserError when the file has a head that is not the token embedding, as GPT-2's is."""
+    heads = [tensor for key, tensor in source.items() if key.endswith(name)]
+    if heads and embedding is not None and not torch.equal(heads[0].float(), embedding):
+        raise UserError(f"{path} has a head of its own ({name}); GPT-2's is its token embedding")
 
 
 def load_gpt2(path, heads=None):
@@ -232,15 +237,15 @@ def load_gpt2(path, heads=None):
             if facts.get("scale_attn_by_inverse_layer_idx") or not facts.get("scale_attn_weights", True):
                 raise UserError(f"{path} scales its attention in a way of its own (see its config.json)")
     tensors = sources.rename(source, layout, path)
-    check_tied(source, "lm_head.weight", need(tensors, "wte.weight", 2, path), path)
-    if len(tensors["wte.weight"]) > GPT2_VOCABULARY:
-        print(f"{path}: {len(tensors['wte.weight']) - GPT2_VOCABULARY} rows beyond GPT-2's vocabulary are left out",
-              file=sys.stderr)
+    check_tied(source, "lm_head.weight", tensors.get("wte.weight"), path)
+    surplus = gpt2_sizes(tensors)["vocab_size"] - GPT2_VOCABULARY
+    if surplus > 0:                                                  # nanoGPT pads, others add tokens
+        print(f"{path}: {surplus} rows beyond GPT-2's vocabulary are left out", file=sys.stderr)
         tensors["wte.weight"] = tensors["wte.weight"][:GPT2_VOCABULARY]
-    if layout is sources.NANOGPT and not any(name.endswith(".bias") for name in tensors):        # trained with bias=False
+    if layout is sources.NANOGPT and not any(name.endswith(".bias") for name in tensors):    # trained without
         tensors |= {name.replace("weight", "bias"): torch.zeros(len(tensor))
-                    for name, tensor in tensors.items() if not name.startswith("w")}
-    fields |= layout.config | gpt2_sizes(tensors, path)
+                    for name, tensor in tensors.items() if name.startswith(("h.", "ln_f"))}
+    fields |= layout.config | gpt2_sizes(tensors)
     fields["n_head"] = pick_heads(fields["n_head"], heads, fields["n_embd"], GPT2_HEADS, path)
     return build(GPT2, GPT2Config(**fields), tensors, "GPT-2", path), layout.name
 
@@ -250,20 +255,21 @@ def load_published(path, heads=None):
     source, facts = sources.read(path)
     layout = sources.recognise(source, "Vision-GPT", path)
     tensors = sources.rename(number_blocks(source, path), layout, path)
-    embedding = need(tensors, "gpt2.wte.weight", 2, path)
-    check_tied(source, "out_head.weight", embedding, path)
-    if len(embedding) != GPT2_VOCABULARY:
-        tensors["gpt2.wte.weight"] = embedding[:-1]                  # the last row is <|pad|>, which is never read
-    parts = {part: {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
-             for part in ("vit", "gpt2", "resampler")}
-    sizes = vit_sizes(parts["vit"], path), gpt2_sizes(parts["gpt2"], path)
-    inner = len(need(tensors, "resampler.layers.0.q.weight", 2, path))
-    config = VisionGPTConfig(
-        vit=ViTConfig(n_head=pick_heads(None, heads, sizes[0]["n_embd"], VIT_HEADS, path), **sizes[0]),
-        gpt2=GPT2Config(n_head=pick_heads(facts.get("n_heads"), heads, sizes[1]["n_embd"], GPT2_HEADS, path), **sizes[1]),
-        resampler=ResamplerConfig(n_latent=len(tensors["resampler.latents"]), n_layer=count(tensors, "resampler.layers"),
-                                  n_head=inner // 64, n_mlp=count(tensors, "resampler.layers.0.fc1.weight")),
-        cross_attention={int(name.split(".")[1]) for name in tensors if name.startswith("xattn.")})
+    check_tied(source, "out_head.weight", tensors.get("gpt2.wte.weight"), path)
+    parts = {part: {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
+             for part in ("vit.", "gpt2.", "resampler.")}
+    vit, gpt2 = vit_sizes(parts["vit."], path), gpt2_sizes(parts["gpt2."])
+    if gpt2["vocab_size"] != GPT2_VOCABULARY and "gpt2.wte.weight" in tensors:
+        tensors["gpt2.wte.weight"] = tensors["gpt2.wte.weight"][:-1]         # <|pad|>, which is never read
+        gpt2["vocab_size"] -= 1
+    vit["n_head"] = pick_heads(None, heads, vit["n_embd"], VIT_HEADS, path)
+    gpt2["n_head"] = pick_heads(facts.get("n_heads"), heads, gpt2["n_embd"], GPT2_HEADS, path)
+    resampler = ResamplerConfig(
+        n_latent=len(tensors["resampler.latents"]), n_layer=count(parts["resampler."], "layers"),
+        n_head=shape_of(tensors, "resampler.layers.0.q.weight", (512, 768))[0] // 64,
+        n_mlp=shape_of(tensors, "resampler.layers.0.fc1.weight", (256, 768))[0])
+    cross_attention = {int(name.split(".")[1]) for name in tensors if name.startswith("xattn.")}
+    config = VisionGPTConfig(ViTConfig(**vit), GPT2Config(**gpt2), resampler, cross_attention)
     return build(VisionGPT, config, tensors, "Vision-GPT", path), layout.name
 
 
@@ -281,14 +287,14 @@ def number_blocks(source, path):
     return numbered
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # writing and looking
 
 
 def find_tokenizer(vocab_size, *folders):
-    """GPT-2's tokenizer from the tables beside the weights, else as tiktoken finds it; None, with a warning, if nowhere."""
+    """GPT-2's tokenizer from tables in `folders`, else as tiktoken finds it; None, with a warning, without."""
     if vocab_size != GPT2_VOCABULARY:
-        print(f"warning: a vocabulary of {vocab_size} is not GPT-2's: no tokenizer.json is written", file=sys.stderr)
+        print(f"warning: no tokenizer.json is written: {vocab_size} tokens are not GPT-2's", file=sys.stderr)
         return None
     for folder in folders:
         for file in (folder / "merges.txt", folder / "vocab.bpe", *sorted(folder.glob("*.tiktoken"))):
@@ -297,7 +303,7 @@ def find_tokenizer(vocab_size, *folders):
     try:
         return Tokenizer.gpt2()
     except UserError as error:
-        print(f"warning: no tokenizer.json is written. {error}", file=sys.stderr)
+        print(f"warning: no tokenizer.json is written: {error}", file=sys.stderr)
         return None
 
 
@@ -309,7 +315,7 @@ def make_folder(folder):
 
 
 def write_backbone(name, module, layout, out, dtype):
-    """Write weights/vit.safetensors or gpt2.safetensors with the hash of its float32 tensors, and report it."""
+    """Write `out`/`name`.safetensors with the hash of its float32 tensors, and report it."""
     make_folder(out)
     digest = checkpoint.sha256(module.state_dict())
     checkpoint.save_module(module.to(dtype), out / f"{name}.safetensors", sha256=digest)
@@ -331,21 +337,27 @@ def write_checkpoint(model, layout, out, dtype, training):
     report(model, layout, digest, out / "model.safetensors")
 
 
+def evaluation_input(image, config):
+    """A picture -> (1, 3, S, S), through the evaluation transform that the weights name."""
+    image, transform = pictures.load_image(image), config.transform
+    filter, S = Image.Resampling[transform["filter"].upper()], config.image_size
+    if "squash" in transform:
+        image = image.resize((S, S), filter)
+    else:
+        short = min(image.size)
+        image = image.resize([transform["resize"] * length // short for length in image.size], filter)
+        left, top = (round((length - S) / 2) for length in image.size)
+        image = image.crop((left, top, left + S, top + S))
+    return pictures.normalize(torch.from_numpy(np.array(image))[None], config)
+
+
 def show_classes(vit, image):
-    """Print the five likeliest classes of a picture, seen through the evaluation transform that the weights name."""
+    """Print the five likeliest classes of a picture."""
     if vit.head is None:
         return print("these ViT weights have no classes to tell")
-    transform, image = vit.config.transform, pictures.load_image(image)
-    filter, side = Image.Resampling[transform["filter"].upper()], transform.get("crop")
-    if side:
-        image = image.resize([transform["resize"] * length // min(image.size) for length in image.size], filter)
-        left, top = (round((length - side) / 2) for length in image.size)
-        image = image.crop((left, top, left + side, top + side))
-    else:
-        image = image.resize((transform["squash"],) * 2, filter)
     with torch.inference_mode():
-        logits = vit.classify(pictures.normalize(torch.from_numpy(np.array(image))[None], vit.config))
-    for probability, index in zip(*(v.tolist() for v in logits[0].softmax(-1).topk(5))):
+        logits = vit.classify(evaluation_input(image, vit.config))
+    for probability, index in zip(*(values.tolist() for values in logits[0].softmax(-1).topk(5))):
         print(f"class {index:<5} {probability:7.2%}")
 
 
@@ -353,7 +365,7 @@ def show_continuations(gpt2, tokenizer, text="A photo of a man riding a"):
     """Print the five likeliest tokens after a sentence."""
     with torch.inference_mode():
         logits = gpt2(torch.tensor([[tokenizer.end_id, *tokenizer.encode(text)]]))
-    for probability, token in zip(*(v.tolist() for v in logits[0, -1].softmax(-1).topk(5))):
+    for probability, token in zip(*(values.tolist() for values in logits[0, -1].softmax(-1).topk(5))):
         print(f"{text}{tokenizer.decode([token])}  {probability:.2%}")
 
 
@@ -410,9 +422,9 @@ def convert_published(settings, dtype):
                      Path("downloads") / path.name / "model_checkpoint.pth")
     model, layout = load_published(path, settings.heads)
     beside = folder_of(path)
-    model.tokenizer = find_tokenizer(model.config.gpt2.vocab_size, beside, beside / "tokenizer", beside.parent / "tokenizer")
+    model.tokenizer = find_tokenizer(model.config.gpt2.vocab_size, beside, beside / "tokenizer")
     write_checkpoint(model, layout, out, dtype, dict(
-        photographs=True, source=settings.vision_gpt, data="Flickr8k, its train, val and test splits together"))
+        photographs=True, source=settings.vision_gpt, data="Flickr8k: train, val and test splits together"))
     if settings.check and model.tokenizer:
         print(model.caption(settings.check))
 

@@ -21,15 +21,15 @@ TIMEOUT = 30.0
 
 
 def fetch(url, path, sha256=None, md5=None):
-    """Download `url` to `path` unless it is there; return `path`. `sha256` may be the first digits alone, as torch.hub's.
+    """Download `url` to `path` unless it is there; return `path`. The first digits of `sha256` are enough.
 
-    What a broken download received stays in `path`.partial, and the next call goes on from there. Raises UserError when
-    there is no such file, no network or no space, or when the content is not what the hash says.
+    What a broken download received stays in `path`.partial, and the next call goes on from there. Raises
+    UserError for no such file, no network, no space, or a content that is not what the hash says.
     """
     path = Path(path)
     if path.exists():
         if wrong := mismatch(path, sha256, md5):
-            raise UserError(f"{path} is not the file at {url} ({wrong}): move it away to have it downloaded again")
+            raise UserError(f"{path} is not the file at {url} ({wrong}): move it away to download it again")
         return path
     partial = Path(f"{path}.partial")
     try:
@@ -46,13 +46,14 @@ def fetch(url, path, sha256=None, md5=None):
                     break
                 problem, hopeless = "the connection was cut", False
             except urllib.error.HTTPError as error:
-                problem, hopeless = f"HTTP {error.code} {error.reason}", error.code < 500 and error.code != 429
-            except (OSError, http.client.HTTPException) as error:                # timeouts and resets are OSErrors
+                problem = f"HTTP {error.code} {error.reason}"
+                hopeless = error.code < 500 and error.code != 429
+            except (OSError, http.client.HTTPException) as error:    # timeouts and resets are OSErrors
                 problem = getattr(error, "reason", error)
                 hopeless = isinstance(problem, (socket.gaierror, ConnectionRefusedError))
             failures = 0 if file.tell() > before else failures + 1
             if hopeless or failures == ATTEMPTS:
-                kept = "; what was received is kept, the same command goes on from there" if file.tell() else ""
+                kept = "; what was received is kept, the next attempt goes on from there" if file.tell() else ""
                 if not kept:
                     partial.unlink()
                 raise UserError(f"{url} cannot be downloaded: {problem}{kept}")
@@ -66,7 +67,7 @@ def fetch(url, path, sha256=None, md5=None):
 
 
 def receive(url, file, label):
-    """Append what is missing of `url` to the open `file`; True when it is whole. A server without Range starts anew."""
+    """Append what is missing of `url` to `file`; True when it is whole. A server without Range starts anew."""
     held = file.tell()
     headers = {"User-Agent": "vision-gpt", **({"Range": f"bytes={held}-"} if held else {})}
     try:
@@ -74,9 +75,9 @@ def receive(url, file, label):
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        if error.headers.get("Content-Range") == f"bytes */{held}":              # nothing beyond what is held
+        if error.headers.get("Content-Range") == f"bytes */{held}":  # nothing beyond what is held
             return True
-        restart(file)                                                            # not a beginning of this file
+        restart(file)                                                # it is no beginning of this file
         return False
     except (ValueError, http.client.InvalidURL) as error:
         raise UserError(f"{url} cannot be downloaded: {error}") from None
@@ -92,10 +93,10 @@ def receive(url, file, label):
             blocks = cli.progress(blocks, label, math.ceil(int(length) / CHUNK), " MB")
         for block in blocks:
             try:
-                while block:                                                     # a full disk takes a part, then none
+                while block:                                         # a full disk takes a part, then none
                     block = block[file.write(block) :]
             except OSError as error:
-                raise UserError(f"cannot write {file.name}: {error.strerror}; what was received is kept") from None
+                raise UserError(f"cannot write {file.name}: {error.strerror}; its beginning is kept") from None
         return length is None or file.tell() == held + int(length)
 
 

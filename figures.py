@@ -1,4 +1,4 @@
-"""Pictures where people would rather look than read: captioned photographs, loss curves, where the model looked."""
+"""What people would rather see than read: captioned pictures, loss curves, where the model looked."""
 
 import math
 from functools import lru_cache
@@ -12,19 +12,19 @@ from cli import UserError, atomic
 INK, PALE, PAPER = (40, 44, 52), (228, 230, 234), (255, 255, 255)
 LINES = [(31, 108, 180), (225, 87, 42), (20, 148, 110), (150, 80, 170), (200, 150, 0), (120, 120, 120)]
 GAP = 14                                                    # pixels between things
-HEAT = np.array([(10, 5, 60), (110, 25, 150), (220, 55, 110), (255, 140, 50), (255, 245, 150)])   # from unseen to seen
+HEAT = np.array([(10, 5, 60), (110, 25, 150), (220, 55, 110), (255, 140, 50), (255, 245, 150)])  # low, high
 WIDER_FONTS = "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf", "NotoSans-Regular.ttf"
 
 
 def save(image, path):
-    """Write a picture under a name that says its format. Raises UserError when it says none that Pillow writes."""
+    """Write a picture; `path` says the format. Raises UserError when it says none that Pillow writes."""
     form = picture_format(path)
     with atomic(path) as temporary:
         image.save(temporary, format=form)
 
 
 def picture_format(path):
-    """Pillow's name of the format of `path`. Raises UserError for a name that says none that Pillow writes."""
+    """Pillow's name of the format of `path`. Raises UserError when it is none that Pillow writes."""
     form = Image.registered_extensions().get(Path(path).suffix.lower())
     if form not in Image.SAVE:
         raise UserError(f"{path} names no picture format to write; call it {Path(path).stem}.png")
@@ -33,7 +33,7 @@ def picture_format(path):
 
 @lru_cache
 def font(size, ascii=True):
-    """Pillow's own font, which has little beyond ASCII; for other signs one of the system's, where it has one."""
+    """Pillow's own font, which has little beyond ASCII; for more one of the system's, where it has one."""
     for name in () if ascii else WIDER_FONTS:
         try:
             return ImageFont.truetype(name, size)
@@ -43,7 +43,7 @@ def font(size, ascii=True):
 
 
 def wrap(text, face, width):
-    """Break `text` into lines of at most `width` pixels: at spaces, and within a word that is wider than that."""
+    """Break `text` into lines of at most `width` pixels: at spaces, and within words wider than that."""
     lines = []
     for paragraph in text.split("\n"):
         line = ""
@@ -60,16 +60,16 @@ def wrap(text, face, width):
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # captions
 
 
 def contact_sheet(images, texts, columns=4, tile=224, size=15):
-    """PIL images, shrunk or grown to fit `tile` pixels, with the text of each wrapped below it."""
-    images = [image.convert("RGB") for image in images]
-    images = [image.resize(fit(image.size, tile), Image.Resampling.LANCZOS) for image in images]
+    """PIL images, scaled to fit `tile` pixels, with the text of each wrapped below it."""
+    assert len(images) == len(texts), (len(images), len(texts))
+    images = [fit(image, tile) for image in images]
     faces = [font(size, text.isascii()) for text in texts]
-    lines = [wrap(text, face, tile) for text, face in zip(texts, faces, strict=True)]
+    lines = [wrap(text, face, tile) for text, face in zip(texts, faces)]
     step = round(size * 1.3)
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
     heights = [max(images[i].height for i in row) for row in rows]
@@ -88,12 +88,13 @@ def contact_sheet(images, texts, columns=4, tile=224, size=15):
     return sheet
 
 
-def fit(size, tile):
-    """(width, height) scaled so that the longer side is `tile`."""
-    return tuple(max(1, round(side * tile / max(size))) for side in size)
+def fit(image, tile):
+    """The picture in RGB, its longer side `tile` pixels long."""
+    size = [max(1, round(side * tile / max(image.size))) for side in image.size]
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # loss curves
 
 
@@ -127,7 +128,7 @@ def loss_curve(curves, title="", width=960, height=540):
     if not finite:
         canvas.text(((left + right) / 2, (top + bottom) / 2), "nothing measured yet", INK, small, anchor="mm")
 
-    scale = 4                                               # lines are drawn four times as large, then averaged
+    scale = 4                                               # lines are drawn so much larger, then averaged
     large = sheet.resize((width * scale, height * scale), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(large)
     colours = {name: LINES[i % len(LINES)] for i, name in enumerate(curves)}
@@ -160,11 +161,12 @@ def runs(points):
 
 
 def round_ticks(low, high, most):
-    """At most `most` + 1 multiples of 1, 2 or 5 times a power of ten that hold `low` and `high` between them."""
+    """At most `most` + 1 multiples of 1, 2 or 5 times a power of ten, with `low` and `high` between them."""
     if high - low <= 1e-6 * abs(high):
         low, high = low - max(0.5, abs(low) / 8), high + max(0.5, abs(high) / 8)
     step = 10 ** math.floor(math.log10((high - low) / most))
-    step = next(step * m for m in (1, 2, 5, 10, 20) if math.ceil(high / step / m) - math.floor(low / step / m) <= most)
+    step = next(s for s in (step, 2 * step, 5 * step, 10 * step, 20 * step)
+                if math.ceil(high / s) - math.floor(low / s) <= most)
     return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
@@ -174,30 +176,29 @@ def number(value, ticks):
     return f"{value:,.{decimals}f}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # attention
 
 
-def attention_sheet(image, words, maps, columns=6, tile=200):
+def attention_sheet(image, words, maps, columns=7, tile=200):
     """A PIL image plain, then once a word under its map of `maps` (words, h, w): brighter is looked at more.
 
     Each map is scaled by its own maximum: compare places within a picture, not one picture with another.
     """
-    image = image.convert("RGB")
-    image = image.resize(fit(image.size, tile), Image.Resampling.LANCZOS)
+    image = fit(image, tile)
     tiles = [heat_over(image, np.asarray(m, dtype=np.float32)) for m in maps]
     return contact_sheet([image, *tiles], ["", *words], columns, tile)
 
 
 def heat_over(image, weights):
     """The picture with weights (h, w) of its whole area laid over it, enlarged bilinearly."""
-    weights = Image.fromarray(weights / max(weights.max(), 1e-12)).resize(image.size, Image.Resampling.BILINEAR)
-    weights = np.asarray(weights)
+    weights = Image.fromarray(weights / max(weights.max(), 1e-12))
+    weights = np.asarray(weights.resize(image.size, Image.Resampling.BILINEAR))
     stops = np.linspace(0, 1, len(HEAT))
     heat = np.stack([np.interp(weights, stops, channel) for channel in HEAT.T], axis=-1)
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
     seen = weights[..., None]
-    mixed = (1 - seen) * 0.45 * grey + seen * 0.7 * np.asarray(image) + 0.4 * heat         # colour where it looked
+    mixed = (1 - seen) * 0.45 * grey + seen * 0.7 * np.asarray(image) + 0.4 * heat   # colour where it looked
     return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 

@@ -92,7 +92,7 @@ def read(file):
     try:
         with file.open() as opened:
             return opened.read()
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {file.path}: {error}") from None
 
 
@@ -130,24 +130,24 @@ def _caption_files(files):
 
 def candidates(names, pictures):
     """{name: the files it can mean}: one, none, or several where that is not clear."""
-    by_name = collections.defaultdict(list)
+    by_path, by_name = collections.defaultdict(list), collections.defaultdict(list)
     for file in pictures:
+        by_path[file.path].append(file)
         by_name[basename(file.path)].append(file)
-    return {name: same_path(name, by_name[basename(name)]) for name in names}
+    found = {name: by_path.get(name) or same_end(name, by_name[basename(name)]) for name in names}
+    copies = {name for name, files in found.items() if len(files) > 1 and len(set(map(read, files))) == 1}
+    return {name: files[:1] if name in copies else files for name, files in found.items()}
 
 
-def same_path(image, files):
+def same_end(image, files):
     """The files whose path ends as `image` does, as far as both go: cats/1.jpg never means dogs/1.jpg."""
     parts, fits = image.split("/"), collections.defaultdict(list)
     for file in files:
-        if file.path == image:
-            return [file]
         other = file.path.split("/")
         common = min(len(parts), len(other))
         if parts[-common:] == other[-common:]:
             fits[common].append(file)
-    best = fits[max(fits)] if fits else []
-    return best[:1] if len(best) > 1 and len({read(file) for file in best}) == 1 else best
+    return fits[max(fits)] if fits else []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,7 +184,9 @@ def read_captions(files):
             captions += from_tokens(text, file.path, broken)
         else:
             captions += from_rows(csv_rows(text, file.path), file.path, broken)
-    return [c._replace(image=normal(c.image)) for c in captions if c.image != STRAY], lists, pictures, broken
+    broken += [f"{c.file}: {c.image}" for c in captions if not isinstance(c.text, str)]
+    captions = [c for c in captions if isinstance(c.text, str) and c.image != STRAY]
+    return [c._replace(image=normal(c.image)) for c in captions], lists, pictures, broken
 
 
 def warn_of_altered(file, lines, digest):
@@ -211,7 +213,7 @@ def from_json(text, name, broken):
         if isinstance(content, list):
             yield from from_rows(enumerate(content, 1), name, broken)
         elif "annotations" in content:
-            images = {image["id"]: image["file_name"] for image in content["images"]}
+            images = {image["id"]: str(image["file_name"]) for image in content["images"]}
             for note in content["annotations"]:
                 if note["image_id"] in images:
                     yield Caption(images[note["image_id"]], note["caption"], None, note["image_id"], name)
@@ -219,9 +221,9 @@ def from_json(text, name, broken):
                     broken.append(f"{name} image_id {note['image_id']}")
         else:
             for image in content["images"]:
-                path = f"{image.get('filepath', '')}/{image['filename']}"
+                path, split = f"{image.get('filepath', '')}/{image['filename']}", str(image.get("split") or "")
                 for sentence in image["sentences"]:
-                    yield Caption(path, sentence["raw"], image.get("split"), image.get("cocoid"))
+                    yield Caption(path, sentence["raw"], split, image.get("cocoid"), name)
     except json.JSONDecodeError as error:
         raise UserError(f"{name} is not JSON: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:

@@ -4,6 +4,7 @@ The numbers published for captioners come from coco-caption (Chen et al. 2015, a
 tokenizer, its constants and its slips are kept on purpose, so that scores can be set side by side.
 """
 
+import itertools
 import math
 import re
 import shutil
@@ -227,3 +228,57 @@ def meteor(candidates, references):
     candidates = {i: [" ".join(tokenize(caption))] for i, caption in enumerate(candidates)}
     references = {i: [" ".join(tokenize(c)) for c in captions] for i, captions in enumerate(references)}
     return Meteor().compute_score(references, candidates)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# the drawn shapes: is a caption right in every word?
+
+PLACES = ["at the top left", "at the top", "at the top right",             # thirds, row by row
+          "on the left", "in the middle", "on the right",
+          "at the bottom left", "at the bottom", "at the bottom right"]
+ORDERS = {"from left to right": "left of", "from top to bottom": "above"}  # of each to the next
+RELATIONS = {"left of": "left of", "to the left of": "left of", "right of": "right of",
+             "to the right of": "right of",
+             "above": "above", "over": "above", "below": "below", "under": "below"}
+LISTS = {1: ("one shape", "#", PLACES),                                    # # stands for an object
+         2: ("two shapes", "# and #", ORDERS),
+         3: ("three shapes", "#, # and #", ORDERS)}
+
+
+def judge(caption, scene):
+    """Is the caption right in every word: number, size, colour, shape and position of all objects?
+
+    scene: a line of scenes.jsonl; only size, colour, shape and centre (x, y) of its one to three objects
+    count. Every true sentence of the grammar is right, whichever object it names first.
+    """
+    named = []
+    frame = re.sub(r"\ba (\w+) (\w+) (\w+)", lambda match: named.append(match.groups()) or "#", caption)
+    number, things, where = LISTS[len(scene["objects"])]
+    where, relation, verb = "|".join(where), "|".join(RELATIONS), "(?:there is|we see)"
+    opening = f"(?:there is |here is |the picture shows |{number}: )?"
+    inverted = f"({relation}) # {verb} #"
+    sentences = [f"{opening}{things} ({where})", f"({where}) {verb} {things}"]
+    if len(scene["objects"]) == 2:
+        sentences += [f"{opening}# ({relation}) #", inverted]
+    said = next((match[1] for s in sentences if (match := re.fullmatch(s, frame))), None)
+    if re.fullmatch(inverted, frame):
+        named.reverse()                                       # "below A there is B": B is below A
+    for objects in itertools.permutations(scene["objects"]):  # which is which, should two look the same
+        kinds = [(o["size"], o["colour"], o["shape"]) for o in objects]
+        true = {_relation(a, b) for a, b in zip(objects, objects[1:])} or {_place(objects[0])}
+        if kinds == named and true == {(ORDERS | RELATIONS).get(said, said)}:
+            return True
+    return False
+
+
+def _relation(a, b):
+    """Where `a` lies as seen from `b`, by the axis on which they are further apart."""
+    dx, dy = b["x"] - a["x"], b["y"] - a["y"]
+    if abs(dx) > abs(dy):
+        return "left of" if dx > 0 else "right of"
+    return "above" if dy > 0 else "below"
+
+
+def _place(o):
+    """The third of the picture, across and down, in which an object's centre lies."""
+    return PLACES[3 * int(3 * o["y"]) + int(3 * o["x"])]

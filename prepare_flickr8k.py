@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 import typing
 from dataclasses import dataclass
@@ -106,8 +107,8 @@ def assign_splits(captions, lists):
     for image, split in found:
         named[image].add(split)
     warn("images in two splits, used in one", [image for image, splits in named.items() if len(splits) > 1])
-    held_out_first = SPLIT_NAMES[::-1]
-    return {c.image: next((s for s in held_out_first if s in named[c.image]), None) for c in captions}, origin
+    splits = {c.image: next((s for s in SPLIT_NAMES[::-1] if s in named[c.image]), None) for c in captions}
+    return splits, origin
 
 
 def split_word(name):
@@ -139,36 +140,28 @@ def some(names):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# pictures
+# the set
 
 
 def decode(files, size):
     """Yield each file's picture, uint8 (S, S, 3), or None if it is unreadable, in order; on all cores.
 
-    Threads do, as Pillow works outside of Python's lock. One thread reads, a little ahead of what is wanted.
+    Threads do, as Pillow works outside of Python's lock; a few pictures are decoded ahead of what is wanted.
     """
-    cores, ahead = os.cpu_count() or 1, collections.deque()
+    cores, ahead, reading = os.cpu_count() or 1, collections.deque(), threading.Lock()
+
+    def work(file):
+        with contextlib.suppress(UserError):
+            with reading:                                            # an archive has but one reader
+                content = layouts.read(file)
+            return np.asarray(vit.resize(vit.load_image(io.BytesIO(content)), size))
+
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
         for file in files:
-            ahead.append(pool.submit(decode_or_none, read_or_none(file), size))
+            ahead.append(pool.submit(work, file))
             if len(ahead) > 4 * cores:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def read_or_none(file):
-    with contextlib.suppress(UserError):
-        return layouts.read(file)
-
-
-def decode_or_none(content, size):
-    with contextlib.suppress(UserError):
-        return content and np.asarray(vit.resize(vit.load_image(io.BytesIO(content)), size))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the set
+        yield from (picture.result() for picture in ahead)
 
 
 def collect(config):
@@ -261,12 +254,7 @@ def is_complete(config, source):
 
 
 def main():
-    config = PrepareConfig(**cli.parse(PrepareConfig, __doc__))
-    try:
-        summary = prepare(config)
-    except OSError as error:                             # a full disk, a folder without permission
-        raise UserError(str(error)) from None
-    print(summary)
+    print(prepare(PrepareConfig(**cli.parse(PrepareConfig, __doc__))))
 
 
 if __name__ == "__main__":

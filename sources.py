@@ -1,6 +1,7 @@
 """Weights as others wrote them: any container -> tensors by name, and any layout -> our names.
 
-Nothing that a file holds is ever run: pickles are read by torch's weights-only reader or by one that knows tensors alone.
+Nothing that a file holds is ever run: pickles are read by torch's weights-only reader, or by one that knows
+tensors alone.
 """
 
 import argparse
@@ -21,23 +22,22 @@ from safetensors import safe_open
 import checkpoint
 from cli import UserError
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # containers: safetensors, torch.save, TorchScript, .npz, TensorFlow
 
 
 def read(path):
-    """A file or folder -> its tensors by name, and facts: what config files and the file itself say beside them.
+    """A file or folder -> its tensors by name, and facts: what config files and the file itself say of them.
 
-    `facts["wrapper"]` is the last dict that had to be opened. Raises UserError for what is missing, damaged, holds code
-    or no tensors.
+    `facts["wrapper"]` is the last dict that had to be opened. Raises UserError for what is missing, damaged,
+    holds code or no tensors.
     """
     files = find(Path(path))
-    facts = {}
+    beside, facts = files[0].parent, {}
     for name in ("config.json", "hparams.json"):
-        if (files[0].parent / name).exists():
-            facts |= read_json(files[0].parent / name)
-    if (files[0].parent / "preprocessor_config.json").exists():
-        facts["preprocessor"] = read_json(files[0].parent / "preprocessor_config.json")
+        facts |= read_json(beside / name) if (beside / name).exists() else {}
+    if (beside / "preprocessor_config.json").exists():
+        facts["preprocessor"] = read_json(beside / "preprocessor_config.json")
     tensors = {}
     for file in files:
         tensors |= read_file(file)
@@ -47,10 +47,10 @@ def read(path):
     for wrapper in ("model_state_dict", "state_dict", "model", "teacher"):
         if isinstance(tensors.get(wrapper), dict):
             tensors, facts["wrapper"] = tensors[wrapper], wrapper
-    names = ", ".join(map(str, list(tensors)[:5]))
+    names = ", ".join(map(str, list(tensors)[:5])) or "nothing"
     tensors = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     if not tensors:
-        raise UserError(f"{path} holds no tensors where weights are known to lie{f', but {names}' if names else ''}")
+        raise UserError(f"{path} holds no tensors where weights are known to lie, but {names}")
     for prefix in ("_orig_mod.", "module.", "backbone."):    # of torch.compile, DataParallel and DINO
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors, facts
@@ -59,10 +59,11 @@ def read(path):
 def find(path):
     """The weight files of a path: itself, the shards that an index names, or what a folder holds."""
     if path.is_dir():
-        usual = [path / name for name in ("model.safetensors.index.json", "model.safetensors", "model.ckpt.index",
+        usual = [path / name for name in ("model.safetensors.index.json", "model.safetensors",
                                           "pytorch_model.bin.index.json", "pytorch_model.bin")]
+        suffixes = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".index")
         held = [file for file in usual if file.exists()][:1] or [
-            file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".npz")]
+            file for file in sorted(path.iterdir()) if file.suffix in suffixes]
         if len(held) != 1:
             what = f"several files ({', '.join(file.name for file in held)})" if held else "no weights"
             raise UserError(f"{path} holds {what}: name the file")
@@ -110,11 +111,12 @@ def read_file(file):
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         if any(name.endswith("/constants.pkl") for name in members):
             return read_torchscript(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):             # the flags of DINO's training
+        with torch.serialization.safe_globals([argparse.Namespace]):         # the flags of DINO's training
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=bool(members))
-    except Exception as error:                       # whatever a damaged file makes of zipfile, numpy and torch
+    except Exception as error:                       # whatever a damaged file makes of numpy and torch
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(f"{file} holds more than tensors ({code[1]}), which can run code: it is not opened") from None
+            raise UserError(f"{file} holds more than tensors ({code[1]}), which can run code: "
+                            "it is not opened") from None
         reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
         raise UserError(f"{file} is damaged, cut short or no weights ({reason}); download it again") from None
     if not isinstance(content, dict):
@@ -126,9 +128,10 @@ def read_torchscript(file):
     """{name: tensor} of a TorchScript archive, as OpenAI published CLIP; its code is never looked at."""
     archive = zipfile.ZipFile(file)
     root = archive.namelist()[0].split("/")[0]
-    dtypes = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long, "IntStorage": torch.int}
+    dtypes = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long,
+              "IntStorage": torch.int}
 
-    class Holder:                                    # stands for every other class and function that the pickle names
+    class Holder:                                    # stands for every other class and function in the pickle
         def __init__(self, *args):
             pass
 
@@ -153,9 +156,9 @@ def read_torchscript(file):
         return dict(leaves(Unpickler(pickled).load()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# TensorFlow checkpoints, as OpenAI published GPT-2: PREFIX.index is a LevelDB table, https://github.com/google/leveldb/
-# blob/main/doc/table_format.md, of protocol buffers that say where in PREFIX.data-* each variable lies
+# ------------------------------------------------------------------------------------------------------------
+# TensorFlow checkpoints, as OpenAI published GPT-2: PREFIX.index is a LevelDB table of protocol buffers that say
+# where in PREFIX.data-* each variable lies (https://github.com/google/leveldb/blob/main/doc/table_format.md)
 
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}         # of TensorFlow's DataType
@@ -167,7 +170,7 @@ def read_tensorflow(prefix):
     try:
         entries = dict(table(index.read_bytes()))
         shards = dict(fields(entries.pop(b""))).get(1, 0)
-        data = [np.memmap(f"{prefix}.data-{s:05}-of-{shards:05}", mode="r") for s in range(shards)]
+        data = [np.memmap(f"{prefix}.data-{s:05}-of-{shards:05}", mode="c") for s in range(shards)]
         return {name.decode(): array(value, data) for name, value in entries.items()}
     except OSError as error:
         raise UserError(f"cannot read the TensorFlow checkpoint {prefix}: {error}") from None
@@ -181,22 +184,23 @@ def table(content):
     footer = content[-48:]
     if len(footer) < 48 or struct.unpack("<Q", footer[40:])[0] != MAGIC:
         raise ValueError("no TensorFlow index")
-    _, at = varint(footer, 0)                                        # metaindex: offset and size, of no use here
+    _, at = varint(footer, 0)                        # metaindex: offset and size, of no use here
     _, at = varint(footer, at)
     for _, handle in block(content, footer[at:]):
         yield from block(content, handle)
 
 
 def block(content, handle):
-    """(key, value) pairs of the block at `handle` (offset and size): a key repeats the start of the one before it."""
+    """(key, value) pairs of the block at `handle` (offset, size); a key shares its start with the one before."""
     offset, at = varint(handle, 0)
     size, _ = varint(handle, at)
-    body, (kind, crc) = content[offset : offset + size], struct.unpack("<BI", content[offset + size : offset + size + 5])
+    end = offset + size
+    body, (kind, crc) = content[offset:end], struct.unpack("<BI", content[end : end + 5])
     if kind != 0:
         raise ValueError("compressed index")
-    if masked_crc(content[offset : offset + size + 1]) != crc:
+    if masked_crc(content[offset : end + 1]) != crc:
         raise ValueError("wrong checksum")
-    end = size - 4 * (1 + struct.unpack("<I", body[-4:])[0])         # restart points and their number come last
+    end = size - 4 * (1 + struct.unpack("<I", body[-4:])[0])         # restart points and their number follow
     at, key = 0, b""
     while at < end:
         shared, at = varint(body, at)
@@ -255,15 +259,16 @@ def masked_crc(content):
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # layouts: how each source names its tensors
 
 
 class Layout(NamedTuple):
-    """Source names -> ours, as templates: {i} is the layer, * is anything, a module stands for its weight and bias.
+    """Source names -> ours, as templates: {i} is the layer, * anything, a module means its weight and bias.
 
-    None drops a tensor; /0 /1 /2 are parts to be concatenated. `sign` is a name that no other layout has, `prefix` a
-    pattern of what may stand before the names, `fix(our name, tensor)` puts a tensor into torch's orientation.
+    None drops a tensor; /0 /1 /2 are parts to be concatenated. `sign` is a name that no other layout has,
+    `config` what its shapes do not show, `prefix` a pattern of what may stand before the names, and
+    `fix(our name, tensor)` puts a tensor into torch's orientation.
     """
 
     name: str
@@ -283,8 +288,8 @@ def flax(name, tensor):
     if name == "patch_embed.weight":
         return tensor.permute(3, 2, 0, 1)
     if "qkv" in name:
-        return tensor.flatten(-2).T                                  # (C, H, D) -> (H * D, C); bias (H, D) -> (H * D)
-    return tensor.flatten(0, -2).T if name.endswith("weight") and tensor.ndim > 1 else tensor
+        tensor = tensor.flatten(-2)                                  # (C, H, D) -> (C, H * D), bias likewise
+    return tensor.flatten(0, -2).T if tensor.ndim > 1 and name.endswith("weight") else tensor
 
 
 def conv1d(name, tensor):
@@ -296,28 +301,31 @@ CENTRE = dict(transform=dict(resize=224, crop=224, filter="bicubic"))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 BICUBIC = dict(transform=dict(resize=248, crop=224, filter="bicubic"))
 SQUASH = dict(transform=dict(squash=224, filter="bilinear"))
-CLIP = dict(eps=1e-5, activation="quick_gelu", pre_norm=True, final_norm=False,        # post-norm dropped: see vit.py
-            mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
-            **CENTRE)
+CLIP = dict(eps=1e-5, activation="quick_gelu", pre_norm=True, final_norm=False,
+            mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), **CENTRE)
 
 TORCHVISION = Layout("torchvision", "encoder.layers.encoder_layer_0.ln_1.weight", {
-    "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj": "patch_embed", "encoder.ln": "norm",
-    "heads.head": "head", **blocks("encoder.layers.encoder_layer_{i}", {
+    "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj": "patch_embed",
+    "encoder.ln": "norm", "heads.head": "head",
+    **blocks("encoder.layers.encoder_layer_{i}", {
         "ln_1": "norm1", "self_attention.in_proj_weight": "attn.qkv.weight",
-        "self_attention.in_proj_bias": "attn.qkv.bias", "self_attention.out_proj": "attn.proj", "ln_2": "norm2",
-        "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2", "mlp.linear_1": "mlp.fc1", "mlp.linear_2": "mlp.fc2"})})
+        "self_attention.in_proj_bias": "attn.qkv.bias", "self_attention.out_proj": "attn.proj",
+        "ln_2": "norm2", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2",
+        "mlp.linear_1": "mlp.fc1", "mlp.linear_2": "mlp.fc2"})})     # the names in the published file
 TIMM = Layout("timm", "blocks.0.attn.qkv.weight", {
     "cls_token": "cls_token", "pos_embed": "pos_embed", "patch_embed.proj": "patch_embed", "norm": "norm",
-    "head": "head", "pre_logits.*": None, "head.mlp.*": None, "head.last_layer.*": None,       # of DINO's training
-    "mask_token": None, "decoder_*": None, **blocks("blocks.{i}", {                            # of MAE's training
+    "head": "head", "pre_logits.*": None,
+    "head.mlp.*": None, "head.last_layer.*": None, "mask_token": None, "decoder_*": None,    # DINO's, MAE's training
+    **blocks("blocks.{i}", {
         n: n for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")})}, BICUBIC)
 HF_VIT = Layout("Hugging Face ViT", "embeddings.patch_embeddings.projection.weight", {
     "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed", "layernorm": "norm", "classifier": "head",
     "embeddings.mask_token": None, "pooler.dense": None,
     **blocks("encoder.layer.{i}", {
-        "layernorm_before": "norm1", "attention.attention.query": "attn.qkv/0", "attention.attention.key": "attn.qkv/1",
-        "attention.attention.value": "attn.qkv/2", "attention.output.dense": "attn.proj", "layernorm_after": "norm2",
+        "layernorm_before": "norm1", "attention.attention.query": "attn.qkv/0",
+        "attention.attention.key": "attn.qkv/1", "attention.attention.value": "attn.qkv/2",
+        "attention.output.dense": "attn.proj", "layernorm_after": "norm2",
         "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}),
     **blocks("layers.{i}", {                                         # in the memory of transformers 5
         "layernorm_before": "norm1", "attention.q_proj": "attn.qkv/0", "attention.k_proj": "attn.qkv/1",
@@ -328,18 +336,20 @@ GOOGLE = Layout("Google .npz", "embedding.kernel", {
     "Transformer.encoder_norm": "norm", "head": "head", "pre_logits": None, "opt.state.*": None,
     **blocks("Transformer.encoderblock_{i}", {
         "LayerNorm_0": "norm1", "MultiHeadDotProductAttention_*.query": "attn.qkv/0",
-        "MultiHeadDotProductAttention_*.key": "attn.qkv/1", "MultiHeadDotProductAttention_*.value": "attn.qkv/2",
+        "MultiHeadDotProductAttention_*.key": "attn.qkv/1",
+        "MultiHeadDotProductAttention_*.value": "attn.qkv/2",
         "MultiHeadDotProductAttention_*.out": "attn.proj", "LayerNorm_1": "norm2", "LayerNorm_2": "norm2",
         "MlpBlock_*.Dense_0": "mlp.fc1", "MlpBlock_*.Dense_1": "mlp.fc2"})},
     HALF | SQUASH | dict(activation="gelu_tanh"), r"params\.|opt\.target\.", flax)
 OPENAI_CLIP = Layout("OpenAI CLIP", "visual.ln_pre.weight", {
-    "visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed", "visual.conv1": "patch_embed",
-    "visual.ln_pre": "norm_pre", "visual.ln_post": None, "visual.proj": None,
+    "visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed",
+    "visual.conv1": "patch_embed", "visual.ln_pre": "norm_pre", "visual.ln_post": None, "visual.proj": None,
     **blocks("visual.transformer.resblocks.{i}", {
         "ln_1": "norm1", "attn.in_proj_weight": "attn.qkv.weight", "attn.in_proj_bias": "attn.qkv.bias",
         "attn.out_proj": "attn.proj", "ln_2": "norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
-    **dict.fromkeys(["transformer.*", "token_embedding", "positional_embedding", "ln_final", "text_projection",
-                     "logit_scale", "input_resolution", "context_length", "vocab_size"])}, CLIP)
+    **dict.fromkeys(["transformer.*", "token_embedding", "positional_embedding", "ln_final",
+                     "text_projection", "logit_scale", "input_resolution", "context_length",
+                     "vocab_size"])}, CLIP)
 HF_CLIP = Layout("Hugging Face CLIP", "pre_layrnorm.weight", {       # spelled so
     "embeddings.class_embedding": "cls_token", "embeddings.position_embedding.weight": "pos_embed",
     "embeddings.patch_embedding": "patch_embed", "pre_layrnorm": "norm_pre",
@@ -354,7 +364,7 @@ HF_GPT2 = Layout("Hugging Face GPT-2", "h.0.attn.c_attn.weight", {
     "wte": "wte", "wpe": "wpe", "ln_f": "ln_f", "lm_head.weight": None,
     "h.{i}.attn.bias": None, "h.{i}.attn.masked_bias": None,         # the causal mask
     **{f"h.{{i}}.{n}": f"h.{{i}}.{n}" for n in GPT2_BLOCK}}, {}, r"transformer\.", conv1d)
-NANOGPT = Layout("nanoGPT", HF_GPT2.sign, HF_GPT2.table, dict(activation="gelu"), r"transformer\.")   # torch.nn.GELU()
+NANOGPT = HF_GPT2._replace(name="nanoGPT", config=dict(activation="gelu"), fix=Layout.fix)   # (out, in), nn.GELU()
 OPENAI_GPT2 = Layout("OpenAI GPT-2", "model.h0.attn.c_attn.w", {
     "model.wte": "wte.weight", "model.wpe": "wpe.weight", "model.ln_f": "ln_f",
     **{f"model.h{{i}}.{n}": f"h.{{i}}.{n}" for n in GPT2_BLOCK}}, fix=conv1d)
@@ -362,16 +372,17 @@ PUBLISHED = Layout("published Vision-GPT", "vision.resampler.latents", {       #
     "tok_emb": "gpt2.wte", "pos_emb": "gpt2.wpe", "final_norm": "gpt2.ln_f", "out_head.weight": None,
     "text.{i}.att.mask": None,
     **blocks("text.{i}", {
-        "norm1": "ln_1", "att.W_query": "attn.c_attn/0", "att.W_key": "attn.c_attn/1", "att.W_value": "attn.c_attn/2",
-        "att.out_proj": "attn.c_proj", "norm2": "ln_2", "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj"},
-        "gpt2.h.{i}"),
+        "norm1": "ln_1", "att.W_query": "attn.c_attn/0", "att.W_key": "attn.c_attn/1",
+        "att.W_value": "attn.c_attn/2", "att.out_proj": "attn.c_proj", "norm2": "ln_2",
+        "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj"}, "gpt2.h.{i}"),
     **blocks("cross.{i}", {
-        "attn_norm": "ln", "att.W_query": "q", "att.W_key": "kv/0", "att.W_value": "kv/1", "att.out_proj": "out"},
-        "xattn.{i}"),
+        "attn_norm": "ln", "att.W_query": "q", "att.W_key": "kv/0", "att.W_value": "kv/1",
+        "att.out_proj": "out"}, "xattn.{i}"),
     "vision.resampler.latents": "resampler.latents",
     **{f"vision.resampler.{n}": f"resampler.layers.{{i}}.{ours}" for n, ours in {
         "to_q.{i}": "q", "to_kv.{i}": "kv", "proj_out.{i}": "proj", "norms_latent.{i}": "norm_latents",
-        "norms_media.{i}": "norm_patches", "mlp.{i}.0": "norm_mlp", "mlp.{i}.1": "fc1", "mlp.{i}.3": "fc2"}.items()},
+        "norms_media.{i}": "norm_patches", "mlp.{i}.0": "norm_mlp", "mlp.{i}.1": "fc1",
+        "mlp.{i}.3": "fc2"}.items()},
     **{f"vision.encoder.model.{n}": f"vit.{ours}" for n, ours in TORCHVISION.table.items()}})
 KNOWN = {"ViT": (TORCHVISION, TIMM, HF_VIT, GOOGLE, OPENAI_CLIP, HF_CLIP), "GPT-2": (HF_GPT2, OPENAI_GPT2),
          "Vision-GPT": (PUBLISHED,)}
@@ -380,7 +391,7 @@ PARTS = {"weight": "weight", "kernel": "weight", "scale": "weight", "w": "weight
 
 
 def recognise(tensors, kind, source):
-    """The layout of a ViT, GPT-2 or Vision-GPT. Raises UserError that names what else the file holds or may hold."""
+    """The layout of a ViT, GPT-2 or Vision-GPT. Raises UserError that names what the file holds instead."""
     for found, layouts in KNOWN.items():
         for layout in layouts:
             sign = re.compile(f"({layout.prefix})?{re.escape(layout.sign)}")
@@ -397,7 +408,7 @@ def known(kind):
 
 
 def rename(tensors, layout, source):
-    """{our name: float32 tensor}. What the table does not know comes under its name in quotes, as nobody's tensor."""
+    """{our name: float32 tensor}. What the table does not know keeps its name, in quotes, as nobody's tensor."""
     rules = [(re.compile(f"(?:{layout.prefix})?" + re.escape(template).replace(r"\{i\}", r"(?P<layer>\d+)")
                          .replace(r"\*", ".*") + rf"(?:\.(?P<part>{'|'.join(PARTS)}))?"), target)
              for template, target in layout.table.items()]
@@ -414,10 +425,10 @@ def rename(tensors, layout, source):
                 target, _, piece = target.replace("{i}", groups.get("layer") or "").partition("/")
                 target += f".{PARTS[groups['part']]}" if groups["part"] else ""
                 tensor = layout.fix(target, tensor.float())
-            if not match or piece in pieces[target]:                 # unknown, or a second source of one tensor
+            if not match or piece in pieces[target]:                 # unknown, or a second source of a tensor
                 target = f"'{name}'"
             pieces[target][piece] = tensor
-        return {name: torch.cat([held[piece] for piece in sorted(held)]) if len(held) > 1 else held.popitem()[1]
+        return {name: held[""] if "" in held else torch.cat([held[piece] for piece in sorted(held)])
                 for name, held in pieces.items()}
-    except (RuntimeError, IndexError) as error:                      # a transposition or concatenation of odd shapes
-        raise UserError(f"{source} holds {name} in a shape that {layout.name} does not have ({error})") from None
+    except (RuntimeError, IndexError) as error:                      # of a permutation or concatenation
+        raise UserError(f"{source} holds tensors in shapes that {layout.name} does not have ({error})") from None

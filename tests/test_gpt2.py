@@ -29,7 +29,8 @@ def test_gpt2_logits_and_cached_tokens_equal_hugging_face(activation, theirs):
     transformers = pytest.importorskip("transformers")
     ours = random_gpt2(activation=activation)
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY, activation_function=theirs)).eval()
-    weights = {f"transformer.{name}": t.T if t.ndim == 2 and "h." in name else t for name, t in ours.state_dict().items()}
+    weights = {f"transformer.{name}": t.T if t.ndim == 2 and name.startswith("h.") else t
+               for name, t in ours.state_dict().items()}
     hf.load_state_dict(weights | {"lm_head.weight": ours.wte.weight})
     tokens = torch.randint(61, (3, 9))
     assert (ours(tokens) - hf(tokens).logits).abs().max() <= 2e-4
@@ -39,7 +40,8 @@ def test_gpt2_logits_and_cached_tokens_equal_hugging_face(activation, theirs):
     for _ in range(15):
         new = ours(new, cache)[:, -1:].argmax(-1)
         text = torch.cat([text, new], dim=1)
-    theirs = hf.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=15, do_sample=False, eos_token_id=None,
+    theirs = hf.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=15, do_sample=False,
+                         eos_token_id=None,
                          pad_token_id=0, use_cache=True)
     assert torch.equal(text, theirs)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import data
 from cli import UserError
-from layouts import Caption, File, basename, csv_rows, from_rows, same_path
+from layouts import Caption, File, basename, candidates, csv_rows, from_rows
 from prepare_flickr8k import PrepareConfig, assign_splits, collect, first_images, prepare
 from tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def draw(folder, names=NAMES):
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 10), colour(name)).save(path, "PNG")  # Pillow looks at the content, not at the name
+        Image.new("RGB", (20, 10), colour(name)).save(path, "PNG")      # the content counts, not the name
     return folder
 
 
@@ -57,7 +57,8 @@ def write(path, content):
 
 def official(folder, names=NAMES):
     """Flickr8k's text files: 1 and 2 train, 3 val, 4 test, further ones in no list."""
-    write(folder / "Flickr8k.token.txt", "".join(f"{n}#{k}\tA dog {k} , in {n} .\n" for n in names for k in range(2)))
+    lines = [f"{name}#{k}\tA dog {k} , in {name} .\n" for name in names for k in range(2)]
+    write(folder / "Flickr8k.token.txt", "".join(lines))
     for list_name, members in (("train", NAMES[:2]), ("dev", NAMES[2:3]), ("test", NAMES[3:])):
         write(folder / f"Flickr_8k.{list_name}Images.txt", "\n".join(members) + "\n")
     return folder
@@ -86,7 +87,10 @@ def check_colours(images):
 # layouts
 
 
-@pytest.mark.parametrize("layout", ["folders", "renamed and nested", "zips", "folder of zips", "one file", "CRLF"])
+LAYOUTS = ["folders", "renamed and nested", "zips", "folder of zips", "one file", "CRLF"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_official_files_are_found_however_they_lie(tmp_path, layout, capsys):
     pictures, text = draw(tmp_path / "Flicker8k_Dataset"), official(tmp_path / "text")
     if layout == "renamed and nested":
@@ -97,7 +101,7 @@ def test_official_files_are_found_however_they_lie(tmp_path, layout, capsys):
     if "zips" in layout:
         (tmp_path / "zips").mkdir()
         junk = ["__MACOSX/Flicker8k_Dataset/._1.jpg", "__MACOSX/1.jpg", "2258277193_586949ec62.jpg.1"]
-        pictures = zipped(pictures.parent / "Flicker8k_Dataset", tmp_path / "zips" / "Flickr8k_Dataset.zip", junk)
+        pictures = zipped(pictures, tmp_path / "zips" / "Flickr8k_Dataset.zip", junk)
         text = zipped(text, tmp_path / "zips" / "Flickr8k_text.zip", ["__MACOSX/._Flickr8k.token.txt"])
     if layout == "folder of zips":
         pictures = text = tmp_path / "zips"
@@ -161,12 +165,14 @@ def test_coco_json_gives_ids_and_splits_by_file_name(tmp_path):
     files = [write(tmp_path / "annotations" / f"captions_{split}2014.json", {
         "images": [{"id": 100 + n, "file_name": f"{n}.jpg"}],
         "annotations": [{"id": 1, "image_id": 100 + n, "caption": "A dog.\n"},
-                        {"id": 2, "image_id": 9, "caption": "of no image"}]}) for n, split in ((1, "train"), (2, "val"))]
+                        {"id": 2, "image_id": 9, "caption": "of no image"},
+                        {"id": 3, "image_id": 100 + n, "caption": None}]})
+        for n, split in ((1, "train"), (2, "val"))]
     for captions in (files, [tmp_path / "annotations"], []):
         images, origin, skipped = gather(folder, *captions)
         assert splits_of(images) == {"1.jpg": "train", "2.jpg": "val"} and origin == "the file names"
         assert [image.image_id for image in images.values()] == [101, 102]
-        assert len(skipped["broken entries of the captions"]) == 2
+        assert len(skipped["broken entries of the captions"]) == 4
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json"])
@@ -180,7 +186,8 @@ def test_own_files_with_split_column(tmp_path, suffix):
         write(path, rows)
     else:
         with open(path, "w", newline="", encoding="utf-8-sig") as file:
-            writer = csv.DictWriter(file, ["split", "caption", "image"], delimiter="\t" if suffix == "tsv" else ",")
+            delimiter = "\t" if suffix == "tsv" else ","
+            writer = csv.DictWriter(file, ["split", "caption", "image"], delimiter=delimiter)
             writer.writeheader()
             writer.writerows(rows)
     images, *_ = gather(draw(tmp_path / "photos"), path)
@@ -210,8 +217,8 @@ def test_parquet_of_the_hub(tmp_path):
 
 def test_same_name_in_two_folders_is_never_mixed_up(tmp_path):
     folder = draw(tmp_path / "p", ["cats/1.jpg", "dogs/1.jpg", "cats/2.jpg", "x/cats/3.jpg", "3.jpg"])
-    rows = ["image,caption", "cats/1.jpg,cat", "dogs/1.jpg,dog", "1.jpg,unclear", "dogs/2.jpg,absent", "./3.jpg,three",
-            "photos\\cats\\2.jpg,windows"]
+    rows = ["image,caption", "cats/1.jpg,cat", "dogs/1.jpg,dog", "1.jpg,unclear", "dogs/2.jpg,absent",
+            "./3.jpg,three", "photos\\cats\\2.jpg,windows"]
     images, _, skipped = gather(folder, write(tmp_path / "c.csv", "\n".join(rows)))
     assert {name: image.texts for name, image in images.items()} == {
         "cats/1.jpg": ["cat"], "dogs/1.jpg": ["dog"], "3.jpg": ["three"], "photos/cats/2.jpg": ["windows"]}
@@ -235,9 +242,8 @@ PATH = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join)
 
 @given(PATH, st.lists(PATH, unique=True, max_size=6))
 def test_candidates_agree_with_the_image_as_far_as_both_paths_go(image, paths):
-    content = {path: path.encode() for path in paths}
-    files = [File(path, lambda path=path: io.BytesIO(content[path]), ()) for path in paths]
-    found = [file.path for file in same_path(image, files)]
+    files = [File(path, lambda path=path: io.BytesIO(path.encode()), ()) for path in paths]
+    found = [file.path for file in candidates([image], files)[image]]
     assert all(f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}") for path in found)
     fits = [path for path in paths if f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}")]
     assert bool(found) == bool(fits) and (image not in paths or found == [image])
@@ -314,7 +320,7 @@ def test_prepared_set_holds_pictures_tokens_and_splits(given_set):
     assert set(os.listdir(given_set.out)) == {
         "images.bin", "tokens.bin", "index.npz", "captions.json", "tokenizer.json", "meta.json"}
     meta = json.loads((Path(given_set.out) / "meta.json").read_text())
-    assert meta["counts"]["images"] == 5 and meta["counts"]["captions"] == 10 and meta["counts"]["no split"] == 1
+    assert [meta["counts"][what] for what in ("images", "captions", "no split")] == [5, 10, 1]
     for line in ("5 images with 10 captions", "train 2, val 1, test 1, no split 1", "absent.jpg (no split)",
                  "skipped 1 unreadable pictures: broken.jpg", "skipped 1 blank captions: 1.jpg",
                  "Flickr8k.token.txt line 16", "skipped 1 pictures without a caption: nobody.jpg"):
@@ -417,8 +423,8 @@ def test_command_line_says_what_is_wrong_in_one_line(tmp_path):
 
 @pytest.mark.skipif(not (SHARED / "flickr8k").is_dir(), reason="the real Flickr8k is not at hand")
 def test_real_archives_are_complete_but_for_one_image(tmp_path, capsys):
-    config = PrepareConfig(str(SHARED / "flickr8k/Flickr8k_Dataset.zip"), [str(SHARED / "flickr8k/Flickr8k_text.zip")],
-                           str(tmp_path), limit=24)
+    images, text = (str(SHARED / "flickr8k" / f"Flickr8k_{part}.zip") for part in ("Dataset", "text"))
+    config = PrepareConfig(images, [text], str(tmp_path), limit=24)
     images, _, skipped = collect(config)
     assert len(images) == 8090 and sum(len(image.texts) for image in images) == 40450
     splits = [image.split for image in images]

