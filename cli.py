@@ -147,6 +147,18 @@ def atomic(path):
             os.remove(temporary)
 
 
+def lock(file, refusal):
+    """Hold an open file for this process alone until it is closed; raises UserError(refusal) when another holds it."""
+    try:
+        import fcntl
+    except ImportError:                          # Windows has no flock
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(refusal) from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # device and dtype
 

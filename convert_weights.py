@@ -44,8 +44,6 @@ DOWNLOADS = {                                # file -> (address, SHA-256 or its 
 GPT2_VOCABULARY = 50257
 VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}        # by width, where the source does not say
 GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
-ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-               "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}      # Hugging Face's names
 
 
 @dataclass
@@ -96,12 +94,6 @@ def pick_heads(stated, given, width, table, source):
     return heads
 
 
-def activation_of(name, source):
-    if name not in ACTIVATIONS:
-        raise UserError(f"{source} needs the activation {name!r}; known: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
 def build(module_class, config, tensors, kind, source):
     """A module that holds `tensors`. Raises UserError that lists what differs and which layouts are known."""
     with torch.device("meta"):
@@ -118,7 +110,8 @@ def vit_sizes(tensors, source):
     for name in ("cls_token", "pos_embed"):
         if name in tensors:
             tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])
-    C, _, P, _ = shape_of(tensors, "patch_embed.weight", (768, 3, 16, 16))
+    C = shape_of(tensors, "cls_token", (1, 1, 768))[2]
+    P = shape_of(tensors, "patch_embed.weight", (C, 3, 16, 16))[2]
     N = shape_of(tensors, "pos_embed", (1, 197, C))[1] - 1
     if math.isqrt(N) ** 2 != N:
         raise UserError(f"{source} has {N + 1} positions: not a class token and a square of patches")
@@ -127,48 +120,8 @@ def vit_sizes(tensors, source):
                 n_class=shape_of(tensors, "head.weight", (0, C))[0])
 
 
-def vit_behaviour(layout, source, facts, image_size, path):
-    """The fields of ViTConfig that shapes do not show: from the layout, then from files beside the weights."""
-    fields = dict(layout.config)
-    if layout is sources.TORCHVISION and ("swag" in Path(path).name or image_size > 224):
-        fields |= sources.CENTRE
-    if layout is sources.TIMM:
-        if facts["wrapper"] is None and "head.weight" in source:     # DeiT, DINO, MAE: ImageNet's mean, std
-            fields |= sources.HALF
-        if shown := facts.get("pretrained_cfg"):
-            crop = shown["input_size"][-1]
-            fields |= dict(mean=shown["mean"], std=shown["std"], transform=dict(
-                resize=int(crop / shown["crop_pct"]), crop=crop, filter=shown["interpolation"]))
-    if layout is sources.GOOGLE:
-        kernels = (tensor for name, tensor in source.items() if name.endswith("query/kernel"))
-        fields["n_head"] = next((kernel.shape[1] for kernel in kernels if kernel.ndim == 3), None)
-    if layout is sources.OPENAI_CLIP:
-        fields["n_head"] = len(source["visual.ln_pre.weight"]) // 64
-    if layout in (sources.HF_VIT, sources.HF_CLIP):
-        config = facts.get("vision_config", facts)
-        for ours, theirs in (("n_head", "num_attention_heads"), ("eps", "layer_norm_eps")):
-            if theirs in config:
-                fields[ours] = config[theirs]
-        if "hidden_act" in config:
-            fields["activation"] = activation_of(config["hidden_act"], path)
-        shown = facts.get("preprocessor", {})
-        if {"image_mean", "image_std", "size"} <= shown.keys():
-            fields |= dict(mean=shown["image_mean"], std=shown["image_std"], transform=hf_transform(shown))
-    return fields
-
-
-def hf_transform(shown):
-    """Hugging Face's preprocessor_config.json as ViTConfig.transform."""
-    sizes = shown["size"], shown.get("crop_size")
-    side, crop = (min(size.values()) if isinstance(size, dict) else size for size in sizes)
-    filter = "bicubic" if shown.get("resample") == 3 else "bilinear"
-    if shown.get("do_center_crop"):
-        return dict(resize=side, crop=crop, filter=filter)
-    return dict(squash=side, filter=filter)
-
-
 def load_vit(path, heads=None, image_size=None):
-    """A ViT in any known layout -> (ViT in float32, layout's name). `image_size` interpolates its positions."""
+    """A ViT in any known layout -> (ViT in float32, layout's name). `image_size` interpolates positions."""
     source, facts = sources.read(path)
     if any(re.search(r"dist(illation)?_token", name) for name in source):
         raise UserError(f"{path} is a distilled DeiT: its features come of a second token, which has no "
@@ -180,7 +133,7 @@ def load_vit(path, heads=None, image_size=None):
     sizes = vit_sizes(tensors, path)
     if layout.config is sources.CLIP:                                # its filters have no bias
         tensors["patch_embed.bias"] = torch.zeros(sizes["n_embd"])
-    fields = vit_behaviour(layout, source, facts, sizes["image_size"], path) | sizes
+    fields = sources.vit_behaviour(layout, source, facts, sizes["image_size"], path) | sizes
     fields |= dict(image_size=image_size or sizes["image_size"],
                    n_head=pick_heads(fields.get("n_head"), heads, sizes["n_embd"], VIT_HEADS, path))
     config = ViTConfig(**fields)
@@ -210,9 +163,9 @@ def fit(transform, size):
 
 def gpt2_sizes(tensors):
     """The fields of GPT2Config that show in the shapes."""
-    V, C = shape_of(tensors, "wte.weight", (GPT2_VOCABULARY, 768))
-    T, _ = shape_of(tensors, "wpe.weight", (1024, C))
-    return dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=count(tensors, "h"))
+    C = shape_of(tensors, "ln_f.weight", (768,))[0]
+    return dict(vocab_size=shape_of(tensors, "wte.weight", (GPT2_VOCABULARY, C))[0], n_embd=C,
+                n_positions=shape_of(tensors, "wpe.weight", (1024, C))[0], n_layer=count(tensors, "h"))
 
 
 def check_tied(source, name, embedding, path):
@@ -233,7 +186,8 @@ def load_gpt2(path, heads=None):
             layout = sources.NANOGPT
         else:
             fields |= dict(eps=facts.get("layer_norm_epsilon", 1e-5),
-                           activation=activation_of(facts.get("activation_function", "gelu_new"), path))
+                           activation=sources.activation_of(
+                               facts.get("activation_function", "gelu_new"), path))
             if facts.get("scale_attn_by_inverse_layer_idx") or not facts.get("scale_attn_weights", True):
                 raise UserError(f"{path} scales its attention in a way of its own (see its config.json)")
     tensors = sources.rename(source, layout, path)
@@ -254,7 +208,7 @@ def load_published(path, heads=None):
     """The published Vision-GPT -> (VisionGPT in float32 without tokenizer, the layout's name)."""
     source, facts = sources.read(path)
     layout = sources.recognise(source, "Vision-GPT", path)
-    tensors = sources.rename(number_blocks(source, path), layout, path)
+    tensors = sources.rename(sources.number_blocks(source, path), layout, path)
     check_tied(source, "out_head.weight", tensors.get("gpt2.wte.weight"), path)
     parts = {part: {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
              for part in ("vit.", "gpt2.", "resampler.")}
@@ -273,26 +227,12 @@ def load_published(path, heads=None):
     return build(VisionGPT, config, tensors, "Vision-GPT", path), layout.name
 
 
-def number_blocks(source, path):
-    """trf_blocks.{t} -> text.{i}, or cross.{i} where it is the cross-attention before text block i."""
-    text = sorted({int(m[1]) for name in source if (m := re.match(r"trf_blocks\.(\d+)\.norm1\.", name))})
-
-    def number(match):
-        t = int(match[1])
-        return f"text.{text.index(t)}." if t in text else f"cross.{sum(i < t for i in text)}."
-
-    numbered = {re.sub(r"^trf_blocks\.(\d+)\.", number, name): tensor for name, tensor in source.items()}
-    if len(numbered) < len(source):
-        raise UserError(f"{path} has two cross-attentions before one block")
-    return numbered
-
-
 # ------------------------------------------------------------------------------------------------------------
 # writing and looking
 
 
 def find_tokenizer(vocab_size, *folders):
-    """GPT-2's tokenizer from tables in `folders`, else as tiktoken finds it; None, with a warning, without."""
+    """GPT-2's tokenizer from tables in `folders`, else as tiktoken finds it, else None and a warning."""
     if vocab_size != GPT2_VOCABULARY:
         print(f"warning: no tokenizer.json is written: {vocab_size} tokens are not GPT-2's", file=sys.stderr)
         return None

@@ -1,11 +1,13 @@
-"""The prepared set on disk: pictures as raw bytes, captions as tokens; written by the prepare scripts, read by training."""
+"""The prepared set: pictures as raw bytes, captions as tokens; written by prepare scripts, read by training."""
 
 import contextlib
 import hashlib
 import json
 import os
 import re
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -17,29 +19,30 @@ from cli import UserError
 from tokenizer import Tokenizer, pad_captions
 from vit import normalize, resize
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # writing a prepared set
 
 FORMAT_VERSION = 1
 
 
 def clean_caption(text):
-    """A caption as people write it: tokenised corpora put spaces before punctuation, clitics and after brackets."""
+    """A caption as people write it: corpora put spaces before punctuation and clitics and after brackets."""
     text = re.sub(r" +(?=[.,!?;:)]+( |$))", "", " ".join(text.split()))
     return re.sub(r" +(?=(n't|'(s|re|ve|ll|d|m))\b)", "", text).replace("( ", "(")
 
 
 def write_images(out, pictures, image_size):
-    """Begin the set in folder `out`: stream uint8 (S, S, 3) arrays to images.bin, whatever their number; return it.
+    """Begin the set in folder `out`: stream uint8 (S, S, 3) arrays to images.bin, and return their number.
 
-    A set that was there is left alone until the last picture has come; then it stops being one, until `write_set`
-    completes the new one. Raises UserError when no picture comes."""
+    A set that was there is left alone until the last picture has come; then it stops being one, until
+    `write_set` completes the new one. Raises UserError when no picture comes.
+    """
     os.makedirs(out, exist_ok=True)
     count = 0
     with cli.atomic(os.path.join(out, "images.bin")) as path:
         with open(path, "wb") as file:
             for picture in pictures:
-                assert picture.shape == (image_size, image_size, 3) and picture.dtype == np.uint8, picture.shape
+                assert picture.shape == (image_size, image_size, 3) and picture.dtype == np.uint8
                 file.write(np.ascontiguousarray(picture))
                 count += 1
         if not count:
@@ -53,9 +56,11 @@ def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=
               source=None):
     """Complete the set begun by `write_images`: captions, tokens, splits, and last of all meta.json.
 
-    names: one per picture; captions: (picture index, source text) pairs, no text blank; splits: {"train", "val", "test":
-    picture indices}; preprocessing: at least image_size; counts: what the summary said, for meta.json; clean: tokens
-    are of `clean_caption(text)`, not of the text itself; source: says what the set was made from."""
+    names: one per picture; captions: (picture index, source text) pairs, no text blank; splits: {"train",
+    "val", "test": picture indices}; preprocessing: at least image_size; counts: what the summary said, for
+    meta.json; clean: tokens are of `clean_caption(text)`, not of the text itself; source: says what the set
+    was made from.
+    """
     size = preprocessing["image_size"]
     assert os.path.getsize(os.path.join(out, "images.bin")) == len(names) * size * size * 3
     assert set(splits) == {"train", "val", "test"} and tokenizer.vocab_size <= 1 << 16
@@ -63,7 +68,7 @@ def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=
     tokens, offset = pack(tokenizer, [clean_caption(text) if clean else text for text in texts])
     with cli.atomic(os.path.join(out, "tokens.bin")) as path:
         tokens.tofile(path)
-    with cli.atomic(os.path.join(out, "index.npz")) as path, open(path, "wb") as file:     # savez adds .npz to a name
+    with cli.atomic(os.path.join(out, "index.npz")) as path, open(path, "wb") as file:   # savez adds .npz
         np.savez(file, offset=offset, image=np.array([image for image, _ in captions], np.int32))
     write_json(os.path.join(out, "captions.json"), texts)
     tokenizer.save(out)
@@ -76,7 +81,7 @@ def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=
 
 
 def pack(tokenizer, texts):
-    """Texts -> all their tokens end to end, uint16, and where each begins, int64, one more than there are texts."""
+    """Texts -> all their tokens end to end, uint16, and where each begins and the last ends, int64."""
     tokens = tokenizer.encode_batch(texts)
     packed = np.concatenate([np.array(ids, np.uint16) for ids in tokens] or [np.empty(0, np.uint16)])
     return packed, np.cumsum([0] + [len(ids) for ids in tokens], dtype=np.int64)
@@ -84,40 +89,48 @@ def pack(tokenizer, texts):
 
 def write_json(path, value):
     with cli.atomic(path) as temporary, open(temporary, "w") as file:
-        json.dump(value, file, indent=0)      # ASCII escapes: a lone surrogate in a caption or name must survive
+        json.dump(value, file, indent=0)      # ASCII escapes: a lone surrogate in a text or name must survive
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # reading a prepared set
 
 class CaptionSet:
-    """A prepared set: `images` (N, S, S, 3) uint8, memory-mapped; `captions` their texts; `splits` image indices.
+    """A prepared set: `images` (N, S, S, 3) uint8, memory-mapped; `captions`, texts; `splits`, image indices.
 
-    Caption c has the tokens tokens[offset[c]:offset[c + 1]] and shows image image_of[c]. Raises UserError when `folder`
-    holds no complete set.
+    Caption c has the tokens tokens[offset[c]:offset[c + 1]] and shows image image_of[c]. `tokenizer`, if it is
+    not the set's, encodes the captions anew. Raises UserError when `folder` holds no complete set.
     """
 
     def __init__(self, folder, tokenizer=None):
         self.folder = folder
         meta = self._read("meta.json")
         if meta["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{folder} is of a newer format than this code knows; update the code or prepare it again")
+            raise UserError(f"{folder} is of a newer format than this code knows; update the code, or "
+                            "prepare it again")
         self.names, self.image_ids = meta["images"], meta["image_ids"]
         self.splits = {name: np.array(images, dtype=np.int64) for name, images in meta["splits"].items()}
         self.preprocessing = meta["preprocessing"]
         size = self.preprocessing["image_size"]
-        self.images = np.memmap(os.path.join(folder, "images.bin"), np.uint8, "r").reshape(-1, size, size, 3)
         self.captions = self._read("captions.json")
-        index = np.load(os.path.join(folder, "index.npz"))
-        self.offset, self.image_of = index["offset"], index["image"]
-        self.tokens = np.fromfile(os.path.join(folder, "tokens.bin"), np.uint16)
+        try:
+            images = np.memmap(os.path.join(folder, "images.bin"), np.uint8, "r")
+            self.images = images.reshape(len(self.names), size, size, 3)
+            self.tokens = np.fromfile(os.path.join(folder, "tokens.bin"), np.uint16)
+            index = np.load(os.path.join(folder, "index.npz"))
+            self.offset, self.image_of = index["offset"], index["image"]
+            if not len(self.image_of) == len(self.captions) == len(self.offset) - 1 > 0:
+                raise ValueError("index.npz is not of captions.json")
+            if self.offset[-1] != len(self.tokens):
+                raise ValueError("index.npz is not of tokens.bin")
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder} is damaged ({error}); prepare it again") from None
         own = Tokenizer.load(folder)
         self.tokenizer = tokenizer or own
-        if self.tokenizer.ranks != own.ranks:                      # the model reads other tokens than were prepared
+        if self.tokenizer.ranks != own.ranks:                      # the model reads other tokens
             clean = self.preprocessing["clean_captions"]
-            self.tokens, self.offset = pack(self.tokenizer, [clean_caption(t) if clean else t for t in self.captions])
-        if len(self.images) != len(self.names) or self.offset[-1] != len(self.tokens):
-            raise UserError(f"{folder} is damaged: its files do not belong together; prepare it again")
+            texts = [clean_caption(text) if clean else text for text in self.captions]
+            self.tokens, self.offset = pack(self.tokenizer, texts)
         order = np.argsort(self.image_of, kind="stable")
         bounds = np.searchsorted(self.image_of[order], np.arange(len(self.names) + 1))
         self.captions_of = [order[a:b] for a, b in zip(bounds, bounds[1:])]   # caption indices of each image
@@ -133,7 +146,7 @@ class CaptionSet:
             raise UserError(f"{self.folder}/{name} is damaged; prepare the set again") from None
 
     def split(self, name):
-        """Image indices of a split, without images that have no caption. Raises UserError when none is left."""
+        """Indices of a split's images that have captions. Raises UserError when there are none."""
         images = [i for i in self.splits[name] if len(self.captions_of[i])]
         if not images:
             raise UserError(f"{self.folder} has no {name} images with captions")
@@ -144,9 +157,10 @@ class CaptionSet:
         return [self.captions[c] for c in self.captions_of[image]]
 
     def rows(self, images):
-        """All captions of `images`: their tokens as a list of arrays, and the place in `images` that each belongs to."""
+        """All captions of `images`: their tokens as a list of arrays, and each one's place in `images`."""
         chosen = [(c, place) for place, image in enumerate(images) for c in self.captions_of[image]]
-        return [self.tokens[self.offset[c] : self.offset[c + 1]] for c, _ in chosen], [place for _, place in chosen]
+        tokens = [self.tokens[self.offset[c] : self.offset[c + 1]] for c, _ in chosen]
+        return tokens, [place for _, place in chosen]
 
     def longest(self, images):
         """Tokens of each image's longest caption."""
@@ -157,8 +171,8 @@ class CaptionSet:
 def batches(data, images, batch_size, seed, epoch):
     """The batches of an epoch, image indices each: an order that depends on (seed, epoch) alone.
 
-    Within 32 shuffled batches, images are sorted by their longest caption before they are cut, so that a batch pads
-    little; then the batches are shuffled.
+    Within 32 shuffled batches, images are sorted by their longest caption before they are cut, so that a
+    batch pads little; then the batches are shuffled.
     """
     rng = np.random.default_rng([seed, epoch])
     images = rng.permutation(images)
@@ -176,43 +190,47 @@ def image_hash(data):
 
 
 def cached_features(vit, data, vit_hash, device, dtype, batch_size=32):
-    """Patch tokens of a frozen ViT for every image, (N, patches, C) float16, memory-mapped from features-<hash>.bin.
+    """Patch tokens of a frozen ViT for all images, (N, patches, C) float16, from features-<hash>.bin.
 
-    Computed once. The hash covers the ViT's weights, its preprocessing, `dtype` and the content of images.bin; what an
-    interrupted run has done lies in *.partial and is gone on from.
+    Computed once. The hash covers the ViT's weights and config, `dtype` and the content of images.bin; what
+    an interrupted run has done lies in *.partial and is gone on from. Raises UserError while another run
+    writes it.
     """
     config, N = vit.config, len(data.images)
-    key = json.dumps([vit_hash, config.image_size, config.mean, config.std, str(dtype), image_hash(data)])
+    key = json.dumps([vit_hash, asdict(config), str(dtype), image_hash(data)])   # heads, eps are no weights
     file = os.path.join(data.folder, f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin")
     partial, row = file + ".partial", config.n_patch * config.n_embd
     if not os.path.exists(file):
         with open(partial, "ab") as out:
-            done = out.tell() // (row * 2)                         # whole images only
-            out.truncate(done * row * 2)
-            starts = range(done, N, batch_size)
+            cli.lock(out, f"another run is writing {partial}; wait for it")
+            done = out.tell() // (2 * row * batch_size)            # whole batches: they round as if unbroken
+            out.truncate(done * 2 * row * batch_size)
+            starts = range(done * batch_size, N, batch_size)
             for start in cli.progress(starts, f"ViT features of {N} images: batch"):
-                pixels = torch.from_numpy(data.images[start : start + batch_size])
+                pixels = read_pixels(data, np.arange(start, min(start + batch_size, N)), config.image_size)
                 with torch.inference_mode():
                     tokens = vit(normalize(pixels.to(device), config).to(dtype))[:, 1:].to(torch.float16)
                     if not tokens.isfinite().all():
-                        raise UserError(f"the ViT's features overflow float16")
+                        raise UserError("the ViT's features overflow float16, in which they are cached; "
+                                        "--augment trains without the cache")
                 out.write(tokens.cpu().numpy().tobytes())
         os.replace(partial, file)
-    return np.memmap(file, np.float16, "r").reshape(N, config.n_patch, config.n_embd)
+    return np.memmap(file, np.float16, "c").reshape(N, config.n_patch, config.n_embd)   # "r" makes torch warn
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # batches
 
 
 def augment(pixels, size, rng):
-    """Random crops of 50-100 % of the area, near square, half of them flipped: uint8 (B, S, S, 3) -> (B, size, size, 3)."""
+    """Random crops of 50-100 % of the area, half of them flipped: uint8 (B, S, S, 3) -> (B, size, size, 3)."""
     out, S = [], pixels.shape[1]
     for picture in pixels:
         area, aspect = rng.uniform(0.5, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         wide, high = S * min(1, np.sqrt(area * aspect)), S * min(1, np.sqrt(area / aspect))
         left, top = rng.uniform(0, S - wide), rng.uniform(0, S - high)
-        crop = Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, (left, top, left + wide, top + high))
+        box = left, top, left + wide, top + high
+        crop = Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box)
         out.append(np.asarray(crop)[:, :: rng.choice([1, -1])])
     return torch.from_numpy(np.stack(out))
 
@@ -226,10 +244,10 @@ def read_pixels(data, images, size):
 
 
 class Eyes:
-    """Image indices -> what `VisionGPT.encode` takes: cached features where the ViT is frozen, else pixels."""
+    """Image indices -> what `VisionGPT.encode` takes: cached features if the ViT is frozen, else pixels."""
 
     def __init__(self, model, data, cfg, device, dtype):
-        self.data, self.cfg, self.vit, self.device = data, cfg, model.config.vit, device
+        self.data, self.cfg, self.vit = data, cfg, model.config.vit
         self.features = None
         if cfg.blind or cfg.augment or cfg.train == "all":
             return
@@ -237,14 +255,14 @@ class Eyes:
         model.vit.to(device=device, dtype=dtype)
         self.features = torch.from_numpy(cached_features(model.vit, data, vit_hash, device, dtype))
         size = self.features.numel() * 2
-        if device.type == "cuda" and torch.cuda.mem_get_info()[0] > size + 4e9:      # else streamed from the memory map
+        if device.type == "cuda" and torch.cuda.mem_get_info()[0] > size + 4e9:   # else streamed
             self.features = self.features.to(device)
 
     def __call__(self, images, rng=None):
         """Given `rng`, random crops where cfg asks for them. Runs in the loader's thread."""
         if self.cfg.blind:
             S = self.vit.image_size
-            return {"images": torch.zeros(len(images), 3, S, S)}                     # the mean colour, normalised
+            return {"images": torch.zeros(len(images), 3, S, S)}                 # the mean colour, normalised
         if self.features is not None:
             return {"features": self.features[torch.from_numpy(images).to(self.features.device)]}
         if rng is not None and self.cfg.augment:
@@ -255,7 +273,7 @@ class Eyes:
 
 
 def collate(data, images, eyes, rng=None):
-    """Image indices -> a batch on the CPU: what is seen, tokens and targets (R, T), the image (R,) of each row."""
+    """Image indices -> a batch: what is seen, tokens and targets (R, T), the row of `seen` (R,) of each."""
     rows, image = data.rows(images)
     tokens, targets = pad_captions(rows, data.tokenizer.end_id)
     return {"seen": eyes(images, rng), "tokens": tokens, "targets": targets, "image": torch.tensor(image),
@@ -263,7 +281,7 @@ def collate(data, images, eyes, rng=None):
 
 
 def to_device(batch, device):
-    """Move a batch; `image` stays on the CPU, where its grouping is worked out. Pinned memory lets copies overlap."""
+    """Move a batch; `image` stays on the CPU, where its grouping is worked out. Pinned copies overlap."""
     def move(tensor):
         pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
         return pinned.to(device, non_blocking=True)

@@ -53,7 +53,7 @@ def fetch(url, path, sha256=None, md5=None):
                 hopeless = isinstance(problem, (socket.gaierror, ConnectionRefusedError))
             failures = 0 if file.tell() > before else failures + 1
             if hopeless or failures == ATTEMPTS:
-                kept = "; what was received is kept, the next attempt goes on from there" if file.tell() else ""
+                kept = "; what was received is kept, the next call goes on there" if file.tell() else ""
                 if not kept:
                     partial.unlink()
                 raise UserError(f"{url} cannot be downloaded: {problem}{kept}")
@@ -67,7 +67,7 @@ def fetch(url, path, sha256=None, md5=None):
 
 
 def receive(url, file, label):
-    """Append what is missing of `url` to `file`; True when it is whole. A server without Range starts anew."""
+    """Append what is missing of `url` to `file`; True when it is whole. Without Range starts anew."""
     held = file.tell()
     headers = {"User-Agent": "vision-gpt", **({"Range": f"bytes={held}-"} if held else {})}
     try:
@@ -96,7 +96,7 @@ def receive(url, file, label):
                 while block:                                         # a full disk takes a part, then none
                     block = block[file.write(block) :]
             except OSError as error:
-                raise UserError(f"cannot write {file.name}: {error.strerror}; its beginning is kept") from None
+                raise UserError(f"cannot write {file.name}: {error.strerror}; its start is kept") from None
         return length is None or file.tell() == held + int(length)
 
 

@@ -41,8 +41,8 @@ WITHOUT_MODEL = {"predictions", "data", "split", "limit", "worst", "grid", "json
 @dataclass
 class EvaluateConfig(DecodingConfig):
     num_return_sequences: int = 1      # no flag here: one caption an image is scored
-    checkpoint: str | None = flag(None, "checkpoint folder; else the newest under out/ trained on photographs, "
-                                        "weights/vision-gpt or assets/mini", metavar="DIR")
+    checkpoint: str | None = flag(None, "checkpoint folder; else the newest under out/ trained on "
+                                        "photographs, weights/vision-gpt or assets/mini", metavar="DIR")
     predictions: str | None = flag(None, "score these captions instead, without a model: a list of {image, "
                                          "caption} or {image_id, caption}", metavar="FILE")
     data: str | None = flag(None, f"prepared set; else the one that the model was trained on, or {DATA}",
@@ -137,7 +137,7 @@ def run_model(config):
 def read_predictions(config):
     """What `run_model` returns, from a file of {image or image_id, caption} entries.
 
-    `image` is a name in the set, folders before it do not matter; `image_id` one of its ids, or a name.
+    `image` is a name in the set, also with folders before it; `image_id` one of its ids, or a name.
     Raises UserError unless every image has one caption; only those past --limit may lack it.
     """
     file, data = config.predictions, CaptionSet(config.data or DATA)
@@ -161,18 +161,18 @@ def read_predictions(config):
         key = str(key)
         image = names.get(key, names.get(Path(key).name, ids.get(key)))
         if image is None:
-            raise UserError(f"{file}, entry {number}: {data.folder} has no image {key}; name the set with --data")
+            raise UserError(f"{file}, entry {number}: {data.folder} has no image {key}; name its --data")
         if image in texts:
-            raise UserError(f"{file}, entry {number}: this is the second caption of {key}; give each image one")
+            raise UserError(f"{file}, entry {number}: a second caption of {key}; give each image one")
         texts[image] = entry["caption"]
     foreign = sorted(data.names[i] for i in texts.keys() - set(split.tolist()))
     if foreign:
-        raise UserError(f"{file} has captions of {len(foreign)} images that are not in the {config.split} split "
-                        f"of {data.folder}, such as {foreign[0]}; leave them out, or name another --split")
+        raise UserError(f"{len(foreign)} of the {len(texts)} images in {file} are outside the {config.split} "
+                        f"split of {data.folder}, such as {foreign[0]}; leave them out or name its --split")
     missing = [data.names[i] for i in images if i not in texts]
     if missing:
-        raise UserError(f"{file} has no caption for {len(missing)} of the {len(images)} images of the "
-                        f"{config.split} split, such as {missing[0]}; --limit N scores its first N alone")
+        raise UserError(f"{file} has no caption for {len(missing)} of {len(images)} {config.split} images, "
+                        f"such as {missing[0]}; --limit N scores the first N of the split alone")
     return data, images, {"real": ([texts[i] for i in images], {})}
 
 
@@ -226,7 +226,8 @@ def main(args=None):
               **{name: values[k] for name, values in per_image.items()}} for k in order]
 
     sys.stdout.reconfigure(errors="backslashreplace")   # a sign that the console lacks must not end the run
-    report = json.dumps(columns | {"worst": worst}, indent=1)
+    real, *control = columns.values()
+    report = json.dumps(real | {"shuffled": c for c in control} | {"worst": worst}, indent=1)
     if config.json == "-":
         print(report)
     else:

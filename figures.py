@@ -162,7 +162,7 @@ def runs(points):
 
 def round_ticks(low, high, most):
     """At most `most` + 1 multiples of 1, 2 or 5 times a power of ten, with `low` and `high` between them."""
-    if high - low <= 1e-6 * abs(high):
+    if high - low <= 1e-6 * max(abs(low), abs(high), 1e-6):
         low, high = low - max(0.5, abs(low) / 8), high + max(0.5, abs(high) / 8)
     step = 10 ** math.floor(math.log10((high - low) / most))
     step = next(s for s in (step, 2 * step, 5 * step, 10 * step, 20 * step)

@@ -8,7 +8,6 @@ import argparse
 import json
 import pickle
 import re
-import struct
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from safetensors import safe_open
 
 import checkpoint
 from cli import UserError
+from tf_checkpoint import read_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
 # containers: safetensors, torch.save, TorchScript, .npz, TensorFlow
@@ -90,7 +90,7 @@ def read_file(file):
     """{name: tensor} of one file, told apart by its first bytes; what torch.save wrote comes as it is."""
     if file.suffix == ".index" or Path(f"{file}.index").exists():
         prefix = str(file).removesuffix(".index")
-        return {name: torch.from_numpy(array) for name, array in read_tensorflow(prefix).items()}
+        return {name: torch.from_numpy(array) for name, array in read_checkpoint(prefix).items()}
     try:
         with open(file, "rb") as opened:
             start = opened.read(64)
@@ -157,110 +157,11 @@ def read_torchscript(file):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# TensorFlow checkpoints, as OpenAI published GPT-2: PREFIX.index is a LevelDB table of protocol buffers that say
-# where in PREFIX.data-* each variable lies (https://github.com/google/leveldb/blob/main/doc/table_format.md)
-
-MAGIC = 0xDB4775248B80FB57
-DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}         # of TensorFlow's DataType
-
-
-def read_tensorflow(prefix):
-    """{variable name: array} of the checkpoint PREFIX, memory-mapped. Raises UserError when it is damaged."""
-    index = Path(f"{prefix}.index")
-    try:
-        entries = dict(table(index.read_bytes()))
-        shards = dict(fields(entries.pop(b""))).get(1, 0)
-        data = [np.memmap(f"{prefix}.data-{s:05}-of-{shards:05}", mode="c") for s in range(shards)]
-        return {name.decode(): array(value, data) for name, value in entries.items()}
-    except OSError as error:
-        raise UserError(f"cannot read the TensorFlow checkpoint {prefix}: {error}") from None
-    except (ValueError, KeyError, IndexError, struct.error) as error:
-        raise UserError(f"the TensorFlow checkpoint {prefix} is damaged or cut short ({error}); "
-                        "download its .index and .data files again") from None
-
-
-def table(content):
-    """(key, value) pairs of a LevelDB table, uncompressed as TensorFlow writes it."""
-    footer = content[-48:]
-    if len(footer) < 48 or struct.unpack("<Q", footer[40:])[0] != MAGIC:
-        raise ValueError("no TensorFlow index")
-    _, at = varint(footer, 0)                        # metaindex: offset and size, of no use here
-    _, at = varint(footer, at)
-    for _, handle in block(content, footer[at:]):
-        yield from block(content, handle)
-
-
-def block(content, handle):
-    """(key, value) pairs of the block at `handle` (offset, size); a key shares its start with the one before."""
-    offset, at = varint(handle, 0)
-    size, _ = varint(handle, at)
-    end = offset + size
-    body, (kind, crc) = content[offset:end], struct.unpack("<BI", content[end : end + 5])
-    if kind != 0:
-        raise ValueError("compressed index")
-    if masked_crc(content[offset : end + 1]) != crc:
-        raise ValueError("wrong checksum")
-    end = size - 4 * (1 + struct.unpack("<I", body[-4:])[0])         # restart points and their number follow
-    at, key = 0, b""
-    while at < end:
-        shared, at = varint(body, at)
-        unshared, at = varint(body, at)
-        length, at = varint(body, at)
-        key = key[:shared] + body[at : at + unshared]
-        at += unshared
-        yield key, body[at : at + length]
-        at += length
-
-
-def array(entry, data):
-    """The array that a BundleEntryProto describes; zeros are left out of it."""
-    values = dict(fields(entry))
-    if 7 in values:
-        raise ValueError("a variable in slices")
-    dims = [dict(fields(dim)).get(1, 0) for number, dim in fields(values.get(2, b"")) if number == 2]
-    offset, size = values.get(4, 0), values.get(5, 0)
-    raw = data[values.get(3, 0)][offset : offset + size]
-    return raw.view(DTYPES[values[1]]).reshape(dims)
-
-
-def fields(message):
-    """(number, value) of each field of a protocol buffer: integers, or bytes."""
-    at = 0
-    while at < len(message):
-        tag, at = varint(message, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = varint(message, at)
-        else:
-            length, at = varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-            value, at = message[at : at + length], at + length
-        yield tag >> 3, value
-
-
-def varint(buffer, at):
-    """An integer in groups of seven bits, lowest first -> (value, where the next thing begins)."""
-    value = shift = 0
-    while True:
-        byte = buffer[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def masked_crc(content):
-    """CRC-32C, rotated and shifted as LevelDB stores it."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-# ------------------------------------------------------------------------------------------------------------
 # layouts: how each source names its tensors
+
+
+def keep(name, tensor):
+    return tensor
 
 
 class Layout(NamedTuple):
@@ -276,7 +177,7 @@ class Layout(NamedTuple):
     table: dict
     config: dict = {}
     prefix: str = ""
-    fix: Callable = lambda name, tensor: tensor
+    fix: Callable = keep
 
 
 def blocks(prefix, table, target="blocks.{i}"):
@@ -315,7 +216,7 @@ TORCHVISION = Layout("torchvision", "encoder.layers.encoder_layer_0.ln_1.weight"
 TIMM = Layout("timm", "blocks.0.attn.qkv.weight", {
     "cls_token": "cls_token", "pos_embed": "pos_embed", "patch_embed.proj": "patch_embed", "norm": "norm",
     "head": "head", "pre_logits.*": None,
-    "head.mlp.*": None, "head.last_layer.*": None, "mask_token": None, "decoder_*": None,    # DINO's, MAE's training
+    "head.mlp.*": None, "head.last_layer.*": None, "mask_token": None, "decoder_*": None,    # of DINO, MAE
     **blocks("blocks.{i}", {
         n: n for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")})}, BICUBIC)
 HF_VIT = Layout("Hugging Face ViT", "embeddings.patch_embeddings.projection.weight", {
@@ -364,7 +265,8 @@ HF_GPT2 = Layout("Hugging Face GPT-2", "h.0.attn.c_attn.weight", {
     "wte": "wte", "wpe": "wpe", "ln_f": "ln_f", "lm_head.weight": None,
     "h.{i}.attn.bias": None, "h.{i}.attn.masked_bias": None,         # the causal mask
     **{f"h.{{i}}.{n}": f"h.{{i}}.{n}" for n in GPT2_BLOCK}}, {}, r"transformer\.", conv1d)
-NANOGPT = HF_GPT2._replace(name="nanoGPT", config=dict(activation="gelu"), fix=Layout.fix)   # (out, in), nn.GELU()
+# nanoGPT: torch's Linear (out, in), and torch's default GELU, which is the exact one
+NANOGPT = HF_GPT2._replace(name="nanoGPT", config=dict(activation="gelu"), fix=keep)
 OPENAI_GPT2 = Layout("OpenAI GPT-2", "model.h0.attn.c_attn.w", {
     "model.wte": "wte.weight", "model.wpe": "wpe.weight", "model.ln_f": "ln_f",
     **{f"model.h{{i}}.{n}": f"h.{{i}}.{n}" for n in GPT2_BLOCK}}, fix=conv1d)
@@ -384,8 +286,8 @@ PUBLISHED = Layout("published Vision-GPT", "vision.resampler.latents", {       #
         "norms_media.{i}": "norm_patches", "mlp.{i}.0": "norm_mlp", "mlp.{i}.1": "fc1",
         "mlp.{i}.3": "fc2"}.items()},
     **{f"vision.encoder.model.{n}": f"vit.{ours}" for n, ours in TORCHVISION.table.items()}})
-KNOWN = {"ViT": (TORCHVISION, TIMM, HF_VIT, GOOGLE, OPENAI_CLIP, HF_CLIP), "GPT-2": (HF_GPT2, OPENAI_GPT2),
-         "Vision-GPT": (PUBLISHED,)}
+KNOWN = {"ViT": (TORCHVISION, TIMM, HF_VIT, GOOGLE, OPENAI_CLIP, HF_CLIP),
+         "GPT-2": (HF_GPT2, NANOGPT, OPENAI_GPT2), "Vision-GPT": (PUBLISHED,)}
 PARTS = {"weight": "weight", "kernel": "weight", "scale": "weight", "w": "weight", "g": "weight",
          "bias": "bias", "b": "bias", "shift": "bias"}
 
@@ -404,14 +306,15 @@ def recognise(tensors, kind, source):
 
 
 def known(kind):
-    return ", ".join(layout.name for layout in KNOWN[kind]) + (", nanoGPT" if kind == "GPT-2" else "")
+    return ", ".join(layout.name for layout in KNOWN[kind])
 
 
 def rename(tensors, layout, source):
-    """{our name: float32 tensor}. What the table does not know keeps its name, in quotes, as nobody's tensor."""
-    rules = [(re.compile(f"(?:{layout.prefix})?" + re.escape(template).replace(r"\{i\}", r"(?P<layer>\d+)")
-                         .replace(r"\*", ".*") + rf"(?:\.(?P<part>{'|'.join(PARTS)}))?"), target)
-             for template, target in layout.table.items()]
+    """{our name: float32 tensor}. What the table does not know keeps its name, put in quotes."""
+    rules = []
+    for template, target in layout.table.items():
+        names = re.escape(template).replace(r"\{i\}", r"(?P<layer>\d+)").replace(r"\*", ".*")
+        rules.append((re.compile(rf"(?:{layout.prefix})?{names}(?:\.(?P<part>{'|'.join(PARTS)}))?"), target))
     pieces = defaultdict(dict)
     try:
         for name, tensor in tensors.items():
@@ -431,4 +334,72 @@ def rename(tensors, layout, source):
         return {name: held[""] if "" in held else torch.cat([held[piece] for piece in sorted(held)])
                 for name, held in pieces.items()}
     except (RuntimeError, IndexError) as error:                      # of a permutation or concatenation
-        raise UserError(f"{source} holds tensors in shapes that {layout.name} does not have ({error})") from None
+        raise UserError(f"{source} holds shapes that {layout.name} does not have ({error})") from None
+
+
+def number_blocks(source, path):
+    """trf_blocks.{t} -> text.{i}, or cross.{i} where it is the cross-attention before text block i."""
+    text = sorted({int(m[1]) for name in source if (m := re.match(r"trf_blocks\.(\d+)\.norm1\.", name))})
+
+    def number(match):
+        t = int(match[1])
+        return f"text.{text.index(t)}." if t in text else f"cross.{sum(i < t for i in text)}."
+
+    numbered = {re.sub(r"^trf_blocks\.(\d+)\.", number, name): tensor for name, tensor in source.items()}
+    if len(numbered) < len(source):
+        raise UserError(f"{path} has two cross-attentions before one block")
+    return numbered
+
+
+# ------------------------------------------------------------------------------------------------------------
+# behaviour: what shapes do not show
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+               "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}      # Hugging Face's names
+
+
+def activation_of(name, source):
+    if name not in ACTIVATIONS:
+        raise UserError(f"{source} needs the activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def vit_behaviour(layout, source, facts, image_size, path):
+    """The fields of ViTConfig that shapes do not show: from the layout, then from files beside them."""
+    fields = dict(layout.config)
+    if layout is TORCHVISION and ("swag" in Path(path).name or image_size > 224):
+        fields |= CENTRE
+    if layout is TIMM:
+        if facts["wrapper"] is None and "head.weight" in source:     # DeiT, DINO, MAE: ImageNet's mean, std
+            fields |= HALF
+        shown = facts.get("pretrained_cfg", {})
+        if {"mean", "std", "crop_pct", "interpolation", "input_size"} <= shown.keys():
+            crop = shown["input_size"][-1]
+            fields |= dict(mean=shown["mean"], std=shown["std"], transform=dict(
+                resize=int(crop / shown["crop_pct"]), crop=crop, filter=shown["interpolation"]))
+    if layout is GOOGLE:
+        kernels = (tensor for name, tensor in source.items() if name.endswith("query/kernel"))
+        fields["n_head"] = next((kernel.shape[1] for kernel in kernels if kernel.ndim == 3), None)
+    if layout is OPENAI_CLIP:
+        fields["n_head"] = len(source["visual.ln_pre.weight"]) // 64
+    if layout in (HF_VIT, HF_CLIP):
+        config = facts.get("vision_config", facts)
+        for ours, theirs in (("n_head", "num_attention_heads"), ("eps", "layer_norm_eps")):
+            if theirs in config:
+                fields[ours] = config[theirs]
+        if "hidden_act" in config:
+            fields["activation"] = activation_of(config["hidden_act"], path)
+        shown = facts.get("preprocessor", {})
+        if {"image_mean", "image_std", "size"} <= shown.keys():
+            fields |= dict(mean=shown["image_mean"], std=shown["image_std"], transform=hf_transform(shown))
+    return fields
+
+
+def hf_transform(shown):
+    """Hugging Face's preprocessor_config.json as ViTConfig.transform."""
+    sizes = shown["size"], shown.get("crop_size")
+    side, crop = (min(size.values()) if isinstance(size, dict) else size for size in sizes)
+    filter = "bicubic" if shown.get("resample") == 3 else "bilinear"
+    if shown.get("do_center_crop"):
+        return dict(resize=side, crop=crop, filter=filter)
+    return dict(squash=side, filter=filter)

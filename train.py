@@ -1,8 +1,8 @@
 """Train Vision-GPT: the fusion round frozen pretrained backbones, or a small model from scratch.
 
-  python train.py --preset shapes       everything from scratch on drawn scenes: minutes on a laptop, no download
-  python train.py                       the fusion on Flickr8k, after prepare_flickr8k.py and convert_weights.py
-  python train.py --resume              go on with a run that was stopped anywhere, with the same flags
+    python train.py --preset shapes     # everything from scratch on drawn scenes: minutes, no download
+    python train.py                     # the fusion on Flickr8k, after prepare_flickr8k and convert_weights
+    python train.py --resume            # go on with a run that was stopped anywhere, with the same flags
 """
 
 import contextlib
@@ -45,7 +45,8 @@ class TrainConfig:
     vit: str = flag("", "ViT file, if it is not the one in --weights")
     gpt2: str = flag("", "GPT-2 file, if it is not the one in --weights")
     init_from: str = flag("", "fine-tune the model in this checkpoint folder")
-    train: str = flag("fusion", "what is trained: the resampler and cross-attention, or all", choices=["fusion", "all"])
+    train: str = flag("fusion", "what is trained: the resampler and cross-attention, or all",
+                      choices=["fusion", "all"])
     epochs: int = flag(8, "passes over the training images")
     max_steps: int = flag(0, "stop after so many optimizer steps; 0: when the epochs are done")
     batch_size: int = flag(32, "images per forward pass; all their captions come along")
@@ -66,41 +67,48 @@ class TrainConfig:
     num_samples: int = flag(4, "validation captions shown at each evaluation")
     seed: int = flag(1, "of initial weights, order, augmentation and dropout")
     device: str = flag("auto", "where to compute", choices=cli.DEVICES)
-    dtype: str = flag("auto", "of forward and backward; auto: bfloat16 or float16 on a GPU, float32 on the CPU",
+    dtype: str = flag("auto", "of forward and backward; auto: float32, on a GPU bfloat16 or float16",
                       choices=cli.DTYPES)
     compile: bool = flag(False, "torch.compile the model: slower to start")
     tracker: str = flag("none", "also log to wandb or tensorboard", choices=["none", "wandb", "tensorboard"])
-    resume: bool = flag(False, "go on with the run in --out; its saved settings rule, but for lengths and intervals")
+    resume: bool = flag(False, "go on with the run in --out; all but lengths and intervals is as saved")
     overwrite: bool = flag(False, "start anew in a folder that holds a run")
 
     def __post_init__(self):
         self.out = self.out or f"out/{self.preset}"
-        for name, low in dict(epochs=1, max_steps=0, batch_size=1, grad_accumulation=1, learning_rate=0, min_lr=0, warmup_steps=0,
-                              weight_decay=0, grad_clip=0, dropout=0, label_smoothing=0, eval_interval=1, eval_images=1,
-                              save_interval=1, log_interval=1, num_samples=0, seed=0).items():
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be at least {low}")
+        at_least = dict(epochs=1, max_steps=0, batch_size=1, grad_accumulation=1, learning_rate=0, min_lr=0,
+                        warmup_steps=0, weight_decay=0, grad_clip=0, dropout=0, label_smoothing=0, seed=0,
+                        eval_interval=1, eval_images=1, save_interval=1, log_interval=1, num_samples=0)
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            below_one = name in ("dropout", "label_smoothing")
+            if not low <= value < (1 if below_one else math.inf):                # nan is refused too
+                limits = "from 0 to below 1" if below_one else f"at least {low}"
+                raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {limits}")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with the run, --overwrite throws it away: give one of them")
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError("training runs on one GPU: start it with python train.py, without torchrun or WORLD_SIZE")
+            raise UserError("training runs on one GPU: start it with python train.py, "
+                            "without torchrun or WORLD_SIZE")
 
 
 MINI_VOCABULARY = 3072                 # tokens of the BPE that the mini preset trains on its captions
 
 PRESETS = {
     "flickr8k": {},
-    "mini": dict(train="all", batch_size=64, epochs=60, learning_rate=1e-3, min_lr=1e-5, warmup_steps=200, weight_decay=0.05,
-                 dropout=0.1, label_smoothing=0.1, augment=True),
+    "mini": dict(train="all", batch_size=64, epochs=60, learning_rate=1e-3, min_lr=1e-5, warmup_steps=200,
+                 weight_decay=0.05, dropout=0.1, label_smoothing=0.1, augment=True),
     "shapes": dict(data="data/shapes", train="all", batch_size=32, epochs=8, learning_rate=1e-3, min_lr=1e-5,
                    dropout=0.0, eval_images=100),
 }
-# may differ between a run and its --resume: they do not change what a step computes
-RESUMABLE = ("epochs", "max_steps", "eval_interval", "save_interval", "log_interval", "device", "compile", "tracker",
-             "num_samples", "resume")
+# may differ between a run and its --resume; the first two move the end of the learning rate's cosine
+RESUMABLE = ("epochs", "max_steps", "eval_interval", "save_interval", "log_interval", "device", "compile",
+             "tracker", "num_samples", "resume")
+# what is worth keeping of a run, so that a new one must not find it
+MADE = ("training_state.pt", "config.json", "fusion.safetensors", "model.safetensors")
 
 
-def scratch_config(preset, vocab_size, n_positions, dropout):
+def scratch_config(preset, vocab_size, n_positions):
     """The small models that are trained from scratch, by preset."""
     if preset == "shapes":
         vit = ViTConfig(image_size=64, patch_size=8, n_layer=4, n_head=4, n_embd=128, n_mlp=256)
@@ -111,16 +119,15 @@ def scratch_config(preset, vocab_size, n_positions, dropout):
         gpt2 = GPT2Config(n_layer=3, n_head=4, n_embd=256)
         resampler = ResamplerConfig(n_latent=32, n_layer=1, n_head=4, head_width=64, n_mlp=256)
     gpt2.vocab_size, gpt2.n_positions = vocab_size, n_positions
-    vit.dropout = gpt2.dropout = resampler.dropout = dropout
     return VisionGPTConfig(vit, gpt2, resampler)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # pieces of the loop
 
 
 def learning_rate(step, total, cfg):
-    """Linear warm-up to the peak, then a cosine down to min_lr at the last of `total` steps."""
+    """Linear warm-up to the peak, then a cosine that comes down to min_lr when `total` steps are done."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
@@ -129,21 +136,23 @@ def learning_rate(step, total, cfg):
 
 def make_optimizer(model, cfg):
     """AdamW over what is trained; weight decay on matrices only, not on norms, biases and latents."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrix = [p for name, p in named if p.ndim >= 2 and not name.endswith(("latents", "_token", "_embed"))]
-    other = [p for name, p in named if p.ndim < 2 or name.endswith(("latents", "_token", "_embed"))]
-    groups = [{"params": matrix, "weight_decay": cfg.weight_decay}, {"params": other, "weight_decay": 0.0}]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrix = {name: p for name, p in named.items()
+              if p.ndim >= 2 and not name.endswith(("latents", "_token", "_embed"))}
+    other = [p for name, p in named.items() if name not in matrix]
+    groups = [{"params": list(matrix.values()), "weight_decay": cfg.weight_decay},
+              {"params": other, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.98 if cfg.train == "all" else 0.999),
                              fused=model.device.type in ("cpu", "cuda"))
 
 
 @torch.no_grad()
 def validate(model, data, eyes, images, batch_size, autocast):
-    """Mean loss per target over all captions of `images`, with their own image and with a neighbour's in the batch."""
+    """Mean loss per target over all captions of `images`, looking at their own image and at a neighbour's."""
     model.eval()
     images = images[np.argsort(data.longest(images), kind="stable")]
     own = other = count = 0.0
-    for part in np.array_split(images, math.ceil(len(images) / batch_size)):
+    for part in np.array_split(images, math.ceil(len(images) / max(2, batch_size))):      # 1 has no neighbour
         batch = to_device(collate(data, part, eyes), model.device)
         with autocast():
             visual = model.encode(**batch["seen"])
@@ -158,44 +167,41 @@ def validate(model, data, eyes, images, batch_size, autocast):
 def write_captions(model, data, eyes, images, autocast):
     """Greedy captions of `images`."""
     model.eval()
-    texts = []
+    texts, room = [], model.config.gpt2.n_positions - 1
     for i in range(0, len(images), 32):
         with autocast(), torch.inference_mode():
             seen = {name: t.to(model.device) for name, t in eyes(images[i : i + 32]).items()}
             visual = model.encode(**seen)
         with autocast():
-            texts += model.generate(visual=visual)
+            texts += model.generate(visual=visual, max_length=min(50, room))
     model.train()
     return texts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the run
 
 
-def open_folder(cfg):
-    """Make the checkpoint folder ours for the time of the run, and see that no other run is in it."""
+@contextlib.contextmanager
+def run_folder(cfg):
+    """The checkpoint folder, this run's alone within the context.
+
+    Raises UserError when another run is in it, or when it holds one that is neither resumed nor overwritten.
+    """
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")
-    with contextlib.suppress(ImportError):                        # Windows has no flock
-        import fcntl
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run is training in {out}; wait for it, or name another folder with --out") from None
-    made = ["training_state.pt", "log.jsonl", "config.json", "fusion.safetensors", "model.safetensors"]
-    held = [name for name in made if (out / name).exists()]
-    if held and cfg.overwrite:
-        for name in held:
-            (out / name).unlink()
-    elif held and not cfg.resume:
-        raise UserError(f"{out} holds a run: go on with --resume, throw it away with --overwrite, or name another --out")
-    return out, lock
+    with open(out / ".lock", "w") as file:
+        cli.lock(file, f"another run is training in {out}; wait for it, or name another folder with --out")
+        if any((out / name).exists() for name in MADE) and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"{out} holds a run: go on with --resume, throw it away with --overwrite, "
+                            f"or name another --out")
+        for rest in out.glob("*.tmp"):                                # of a run killed while it was writing
+            rest.unlink()
+        yield out
 
 
 def settings(given):
-    """Flags given on the command line -> TrainConfig: the preset's defaults, or the saved ones of a run to resume."""
+    """Flags given on the command line -> TrainConfig, and the state of the run to resume or None."""
     base = {**PRESETS[given.get("preset", "flickr8k")], **given}
     cfg = TrainConfig(**base)
     state_file = Path(cfg.out) / "training_state.pt"
@@ -208,43 +214,55 @@ def settings(given):
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         saved = state["config"]
     except Exception as error:                                    # a damaged file fails in many ways
-        raise UserError(f"{state_file} is damaged ({type(error).__name__}); start again with --overwrite") from None
+        raise UserError(f"{state_file} is damaged ({type(error).__name__}); "
+                        f"start again with --overwrite") from None
     for name, value in given.items():
         if name not in RESUMABLE and name != "out" and value != saved[name]:
             raise UserError(f"the run in {cfg.out} was started with {name} {saved[name]!r}, not {value!r}; "
                             f"leave the flag out to go on with it, or start a new run in another --out")
-    return TrainConfig(**{**saved, **{k: v for k, v in given.items() if k in RESUMABLE}, "out": cfg.out}), state
+    changed = {name: value for name, value in given.items() if name in RESUMABLE}
+    return TrainConfig(**{**saved, **changed, "out": cfg.out, "overwrite": False}), state
 
 
 def build_model(cfg):
     """The model to train, on the CPU in float32, and the data in its tokens."""
     if cfg.init_from:
-        model = VisionGPT.from_pretrained(cfg.init_from, device="cpu", weights=cfg.weights, dtype=torch.float32)
-        set_dropout(model, cfg.dropout, everywhere=cfg.train == "all")
-        return model, CaptionSet(cfg.data, model._tokenizer())
-    if cfg.preset == "flickr8k":
-        files = {"vit": cfg.vit or f"{cfg.weights}/vit.safetensors", "gpt2": cfg.gpt2 or f"{cfg.weights}/gpt2.safetensors"}
-        folder = Path(files["gpt2"]).parent
-        tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-        data = CaptionSet(cfg.data, tokenizer)
-        return VisionGPT.from_backbones(files, data.tokenizer, cfg.dropout), data
-    data = CaptionSet(cfg.data)
-    if cfg.preset == "mini":
-        texts = [text for i in data.split("train") for text in data.references(i)]
-        data = CaptionSet(cfg.data, Tokenizer.train(texts, MINI_VOCABULARY))
-    positions = max(64, 1 + int(np.diff(data.offset).max()))
-    return VisionGPT(scratch_config(cfg.preset, data.tokenizer.vocab_size, positions, cfg.dropout), data.tokenizer), data
+        model = VisionGPT.from_pretrained(cfg.init_from, "cpu", torch.float32, cfg.weights)
+        data = CaptionSet(cfg.data, model._tokenizer())
+    elif cfg.preset == "flickr8k":
+        files = {"vit": Path(cfg.vit or f"{cfg.weights}/vit.safetensors"),
+                 "gpt2": Path(cfg.gpt2 or f"{cfg.weights}/gpt2.safetensors")}
+        beside = files["gpt2"].parent
+        data = CaptionSet(cfg.data, Tokenizer.load(beside) if (beside / "tokenizer.json").exists() else None)
+        if missing := [str(file) for file in files.values() if not file.exists()]:
+            raise UserError(f"{' and '.join(missing)} missing: run python convert_weights.py, or name their "
+                            f"folder with --weights; --preset shapes needs none")
+        model = VisionGPT.from_backbones(files, data.tokenizer)
+        model._tokenizer()                                            # raises UserError if it is not GPT-2's
+    else:
+        data = CaptionSet(cfg.data)
+        if cfg.preset == "mini":
+            texts = [text for i in data.split("train") for text in data.references(i)]
+            data = CaptionSet(cfg.data, Tokenizer.train(texts, MINI_VOCABULARY))
+        positions = max(64, 1 + int(np.diff(data.offset).max()))
+        model = VisionGPT(scratch_config(cfg.preset, data.tokenizer.vocab_size, positions), data.tokenizer)
+    set_dropout(model, cfg.dropout, everywhere=cfg.train == "all")
+    return model.freeze(cfg.train == "fusion"), data
 
 
 def set_dropout(model, p, everywhere):
     """Give the fusion, or with `everywhere` the backbones too, the dropout of this run."""
-    parts = [model.resampler, model.xattn] + ([model.vit, model.gpt2] if everywhere else [])
-    for module in (m for part in parts for m in part.modules() if isinstance(m, torch.nn.Dropout)):
-        module.p = p
+    parts = [(model.config.resampler, model.resampler), (model.config.resampler, model.xattn)]
+    parts += [(model.config.vit, model.vit), (model.config.gpt2, model.gpt2)] if everywhere else []
+    for config, part in parts:
+        config.dropout = p
+        for module in part.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = p
 
 
 def compute_dtype(name, device):
-    """The dtype of forward and backward, or None for plain float32. bfloat16 where a GPU has it, else float16."""
+    """The dtype of forward and backward, None for float32; auto: a GPU's bfloat16 or float16."""
     dtype = cli.pick_dtype(name)
     if dtype is None and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -256,30 +274,39 @@ def check_lengths(data, model):
     longest, room = int(np.diff(data.offset).max()), model.config.gpt2.n_positions - 1
     if longest > room:
         text = data.captions[int(np.diff(data.offset).argmax())]
-        raise UserError(f"a caption of {longest} tokens does not fit GPT-2's {room} positions: {text[:60]!r}...")
+        raise UserError(f"a caption of {longest} tokens is too long for GPT-2, which has room for {room}: "
+                        f"{text[:60]!r}...; shorten it and prepare the set again")
 
 
 def peak_memory(device):
     """Gigabytes: allocated on the GPU, else resident in this process, at most so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    try:
+        import resource
+    except ImportError:                                               # Windows does not tell
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def say(line):
-    print(line, flush=True)
+say = functools.partial(print, flush=True)
 
 
 class Log:
-    """log.jsonl, a JSON object a line: cut back to the step that the run goes on from; wandb or tensorboard on request."""
+    """log.jsonl, a JSON object a line, cut back to the step from which the run goes on; and a tracker."""
 
     def __init__(self, file, step, cfg):
-        lines = file.read_text().splitlines() if file.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+        self.rows, self.send = [], None
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                self.rows.append(json.loads(line))
+            except ValueError:                                        # the run was killed while it wrote
+                break
+        self.rows = [row for row in self.rows if row["step"] <= step]
         with cli.atomic(file) as temporary:
             Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.file, self.send = open(file, "a"), None
+        self.file = open(file, "a")
         try:
             if cfg.tracker == "wandb":
                 import wandb
@@ -290,7 +317,7 @@ class Log:
                 writer = SummaryWriter(cfg.out)
                 self.send = lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
         except ImportError:
-            raise UserError(f"--tracker {cfg.tracker} needs it installed: pip install {cfg.tracker}") from None
+            raise UserError(f"--tracker {cfg.tracker} needs: pip install {cfg.tracker}") from None
 
     def write(self, step, **values):
         self.rows.append({"step": step, **values})
@@ -303,32 +330,36 @@ class Log:
         return [(row["step"], row[name]) for row in self.rows if name in row]
 
 
-class StopSignal:
-    """Within it, Ctrl-C and SIGTERM only set `asked`, so that the step is finished and saved; a second one stops at once."""
+@contextlib.contextmanager
+def stop_signal():
+    """Within it, Ctrl-C and SIGTERM only fill the list it gives, so that the step is finished and saved.
 
-    def __init__(self):
-        self.asked = False
+    A second one stops at once.
+    """
+    asked = []
 
-    def __enter__(self):
-        def ask(number, frame):
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
 
-    def __exit__(self, *_):
-        for number, handler in getattr(self, "before", {}).items():
+    main = threading.current_thread() is threading.main_thread()      # elsewhere signals cannot be handled
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def finish(cfg, out, log, images, model, data, eyes, autocast):
-    """What one looks at after a run: loss.png, samples.png, and for drawn scenes the share of right captions."""
-    figures.loss_curve({name: log.curve(name) for name in ("loss", "val_loss", "val_loss_shuffled")}).save(out / "loss.png")
+    """What one looks at after a run: loss.png, samples.png; for drawn scenes the share of right captions."""
+    curves = {name: log.curve(name) for name in ("loss", "val_loss", "val_loss_shuffled")}
+    figures.save(figures.loss_curve(curves), out / "loss.png")
     shown = images["val"][:12]
     texts = write_captions(model, data, eyes, shown, autocast)
-    figures.contact_sheet([Image.fromarray(data.images[i]) for i in shown], texts).save(out / "samples.png")
+    sheet = figures.contact_sheet([Image.fromarray(data.images[i]) for i in shown], texts)
+    figures.save(sheet, out / "samples.png")
     say(f"{out} holds the best model, log.jsonl, loss.png and samples.png")
     if Path(cfg.data, "scenes.jsonl").exists():
         scenes = [json.loads(line) for line in Path(cfg.data, "scenes.jsonl").read_text().splitlines()]
@@ -342,36 +373,42 @@ def finish(cfg, out, log, images, model, data, eyes, autocast):
 def train(cfg, state=None):
     """Train as `cfg` says, from `state` where a run goes on; returns the best validation loss.
 
-    What is random in a step (order, crops, dropout) follows from (seed, step) alone, so a resumed run repeats exactly
-    what an unbroken one would have done. Raises UserError for what the user can mend.
+    What is random in a step (order, crops, dropout) follows from (seed, step) alone, so a resumed run repeats
+    exactly what an unbroken one would have done. Raises UserError for what the user can mend.
     """
+    with run_folder(cfg) as out:
+        return run(cfg, state, out)
+
+
+def run(cfg, state, out):
     device = cli.pick_device(cfg.device)
     amp = compute_dtype(cfg.dtype, device)
-    out, lock = open_folder(cfg)
     if cfg.preset == "shapes" and not Path(cfg.data, "meta.json").exists():
         import prepare_shapes
         prepare_shapes.prepare(prepare_shapes.ShapesConfig(out=cfg.data))
     torch.manual_seed(cfg.seed)
     model, data = build_model(cfg)
-    model.freeze(cfg.train == "fusion")
-    drawn = Path(cfg.data, "scenes.jsonl").exists()
     images = {name: data.split(name) for name in ("train", "val")}
     check_lengths(data, model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hashes = {name: checkpoint.read_metadata(file).get("sha256") for name, file in model.backbones.items()}
-    if state and state["backbones"] != hashes:
-        raise UserError(f"the frozen weights are not those that the run in {out} was started with")
+    if state and (state["backbones"] != hashes or
+                  any(p.shape != state["model"][name].shape for name, p in trained.items())):
+        raise UserError(f"the weights or the data are no longer those that the run in {out} was started with")
 
-    eyes = Eyes(model, data, cfg, device, amp or torch.float32)
-    if model.frozen and amp:
-        model.vit.to(amp)
-        model.gpt2.to(amp)
+    kept = model.backbones if model.frozen else None                  # not saved again
+    frozen_dtype = amp if kept and amp else torch.float32
+    eyes = Eyes(model, data, cfg, device, frozen_dtype)
+    if model.frozen:
+        model.vit.to(frozen_dtype)
+        model.gpt2.to(frozen_dtype)
     model.to(device)
     if eyes.features is not None:
-        model.vit.to("cpu")                                       # its work is done
+        model.vit.to("cpu")                                           # its work is done
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    step, best, epoch_size = 0, math.inf, math.ceil(len(images["train"]) / cfg.batch_size)
+    step, best, losses = 0, math.inf, []                              # losses: since the last log line
+    epoch_size = math.ceil(len(images["train"]) / cfg.batch_size)
     total = max(1, cfg.epochs * epoch_size // cfg.grad_accumulation)
     total = min(total, cfg.max_steps) if cfg.max_steps else total
     if state:
@@ -379,11 +416,14 @@ def train(cfg, state=None):
             p.data.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        step, best = state["step"], state["best"]
-        if not any((out / name).exists() for name in ("fusion.safetensors", "model.safetensors")):
-            best = math.inf
+        step, losses = state["step"], [torch.tensor(v, device=device) for v in state.get("losses", [])]
+        best = state["best"] if (out / "config.json").exists() else math.inf
+    if cfg.overwrite:
+        for name in MADE:
+            (out / name).unlink(missing_ok=True)
     log = Log(out / "log.jsonl", step, cfg)
-    say(f"{sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters trained on "
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{sum(p.numel() for p in trained.values()):,} of {count:,} parameters trained on "
         f"{len(images['train']):,} images of {cfg.data}; {total} steps on {device}, {amp or torch.float32}")
 
     @functools.lru_cache(2)
@@ -392,11 +432,9 @@ def train(cfg, state=None):
 
     def make_step(step):
         """The batches of an optimizer step."""
-        parts = []
-        for n in range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation):
-            rng = np.random.default_rng([cfg.seed, 1, n])
-            parts.append(collate(data, order(n // epoch_size)[n % epoch_size], eyes, rng))
-        return parts
+        numbers = range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation)
+        return [collate(data, order(n // epoch_size)[n % epoch_size], eyes,
+                        np.random.default_rng([cfg.seed, 1, n])) for n in numbers]
 
     @contextlib.contextmanager
     def autocast():
@@ -407,9 +445,10 @@ def train(cfg, state=None):
 
     def save_state():
         with cli.atomic(out / "training_state.pt") as file:
-            torch.save({"model": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict(),
-                        "scaler": scaler.state_dict(), "step": step, "best": best, "config": dataclasses.asdict(cfg),
-                        "backbones": hashes}, file)
+            torch.save({"model": {name: p.detach() for name, p in trained.items()},
+                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                        "step": step, "best": best, "losses": [loss.item() for loss in losses],
+                        "backbones": hashes, "config": dataclasses.asdict(cfg)}, file)
 
     def evaluate():
         nonlocal best
@@ -423,13 +462,13 @@ def train(cfg, state=None):
         if own < best:
             best = own
             summary = dict(step=step, val_loss=own, val_loss_shuffled=other, preset=cfg.preset, data=cfg.data,
-                           photographs=not drawn, blind=cfg.blind)
-            model.save_pretrained(out, torch.float32, model.backbones if model.frozen else None, summary)
+                           photographs=not Path(cfg.data, "scenes.jsonl").exists(), blind=cfg.blind)
+            model.save_pretrained(out, torch.float32, kept, summary)
 
     loss_of = torch.compile(model.loss) if cfg.compile else model.loss
-    losses, captions, started, stop = [], 0, time.monotonic(), StopSignal()
+    captions, since, started = 0, step, time.monotonic()
     model.train()
-    with stop:
+    with stop_signal() as asked:
         for parts in load_ahead(make_step, range(step, total)):
             torch.manual_seed(cfg.seed * 1_000_003 + step)
             lr = learning_rate(step, total, cfg)
@@ -439,8 +478,9 @@ def train(cfg, state=None):
             for part in parts:
                 part = to_device(part, device)
                 with autocast():
-                    loss = loss_of(part["tokens"], visual=model.encode(**part["seen"]), targets=part["targets"],
-                                   image=part["image"], label_smoothing=cfg.label_smoothing, reduction="sum") / count
+                    visual = model.encode(**part["seen"])
+                    loss = loss_of(part["tokens"], visual, part["targets"], part["image"],
+                                   label_smoothing=cfg.label_smoothing, reduction="sum") / count
                 scaler.scale(loss).backward()
                 step_loss = step_loss + loss.detach()
                 captions += len(part["tokens"])
@@ -453,28 +493,30 @@ def train(cfg, state=None):
             losses.append(step_loss)
             step += 1
 
-            last = step == total or stop.asked
-            evaluates, saves = step % cfg.eval_interval == 0 or step == total, step % cfg.save_interval == 0 or last
-            if step % cfg.log_interval == 0 or evaluates or saves or device.type == "cpu":
-                values = torch.stack(losses).tolist()             # on a GPU the one place where the host waits for it
-                if not all(map(math.isfinite, values)):
-                    bad = step - len(values) + next(i for i, v in enumerate(values, 1) if not math.isfinite(v))
-                    raise UserError(f"the loss became {values[bad - step - 1]} at step {bad}; {out} holds the last good "
-                                    f"checkpoint: lower --learning-rate, or use --dtype float32")
-            if step % cfg.log_interval == 0 or last:
-                speed, memory = captions / (time.monotonic() - started), peak_memory(device)
-                log.write(step, loss=sum(values) / len(values), lr=lr, captions_per_s=round(speed, 1), memory_gb=memory)
-                left = (total - step) * (time.monotonic() - started) / len(values)
-                say(f"step {step}/{total}  loss {sum(values) / len(values):.4f}  lr {lr:.1e}  {speed:.0f} captions/s  "
+            logs, evaluates, saves = (step == total or step % interval == 0 for interval in
+                                      (cfg.log_interval, cfg.eval_interval, cfg.save_interval))
+            saves = saves or bool(asked)
+            if logs or evaluates or saves or device.type == "cpu":
+                values = torch.stack(losses).tolist()                 # on a GPU, where the host waits for it
+                for number, value in enumerate(values, step - len(values) + 1):
+                    if not math.isfinite(value):
+                        raise UserError(f"the loss became {value} at step {number}; {out} holds the last "
+                                        "good checkpoint: lower --learning-rate, or use --dtype float32")
+            if logs:
+                loss, seconds = sum(values) / len(values), time.monotonic() - started
+                speed, left = captions / seconds, (total - step) * seconds / (step - since)
+                memory = peak_memory(device)
+                log.write(step, loss=loss, lr=lr, captions_per_s=round(speed, 1), memory_gb=memory)
+                say(f"step {step}/{total}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} captions/s  "
                     f"{memory:.1f} GB  {cli.clock(left)} left")
-                losses, captions, started = [], 0, time.monotonic()
+                losses, captions, since, started = [], 0, step, time.monotonic()
             if evaluates:
                 before = time.monotonic()
                 evaluate()
                 started += time.monotonic() - before
             if saves:
                 save_state()
-            if stop.asked:
+            if saves and asked:                                       # if asked just now: after another step
                 say(f"stopped after step {step}; go on with the same command and --resume")
                 raise KeyboardInterrupt
     finish(cfg, out, log, images, model, data, eyes, autocast)
@@ -485,11 +527,12 @@ def main():
     cfg, state = settings(cli.parse(TrainConfig, __doc__))
     try:
         train(cfg, state)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"out of memory: lower --batch-size ({cfg.batch_size}) and raise --grad-accumulation "
-                            f"({cfg.grad_accumulation}) as much; --dtype bfloat16 needs less too") from None
-        raise
+    except (RuntimeError, MemoryError) as error:
+        signs = "out of memory", "can't allocate memory", "ALLOC_FAILED"
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
+            raise
+        raise UserError(f"out of memory: lower --batch-size ({cfg.batch_size}) and raise --grad-accumulation "
+                        f"({cfg.grad_accumulation}) as much; --dtype bfloat16 needs less too") from None
 
 
 if __name__ == "__main__":

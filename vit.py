@@ -39,6 +39,7 @@ class ViTConfig:
     mean: tuple = (0.485, 0.456, 0.406)
     std: tuple = (0.229, 0.224, 0.225)
     transform: dict = field(default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
+    # the weights' own evaluation: short side and centre crop, or dict(squash=224, filter=...)
     dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
 
     def __post_init__(self):

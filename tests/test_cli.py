@@ -1,5 +1,6 @@
 """Flags from a dataclass, one-line errors, progress, files that are written whole or not at all."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def test_run_is_silent_when_its_reader_leaves(lines, tmp_path):
     """As in `python script.py | head -0`: at a print, or when the last lines are flushed."""
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), body=f"print('line\\n' * {lines})"))
     command = f"( sleep 0.1; {sys.executable} script.py; echo $? > status ) | true"
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=buffered)
     assert (tmp_path / "status").read_text() == "1\n" and done.stderr == ""
 
 

@@ -144,6 +144,14 @@ def from_table(rows, start, **config):
     return decode(table_model(*rows), lambda rows: None, torch.tensor([start]), config, len(rows) - 1)[0][0]
 
 
+def test_beam_search_waits_for_an_unlikely_text_that_its_length_makes_the_best():
+    """Two texts end soon and well; a third, at 1 %, cannot beat them one token later, but at max_length."""
+    rows = torch.tensor([[0.0005, 0.0005, 0.999], [1e-9, 1 - 1e-6, 1e-6], [0.25, 0.01, 0.74]]).log().tolist()
+    assert from_table(rows, [2], max_length=8, num_beams=2, length_penalty=2.0) == [1] * 8
+    assert from_table(rows, [2], max_length=8, num_beams=2, length_penalty=1.0) == []
+    assert from_table(rows, [2], max_length=8, num_beams=2, length_penalty=-1.0) == []
+
+
 def test_penalties_spare_the_start_and_the_end_token():
     """Both are one id: a caption may end although it began with that token."""
     rows = [[0.0, 1.0, 2.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.5]]               # 2 -> 0 -> 2

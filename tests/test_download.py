@@ -14,11 +14,12 @@ CONTENT = bytes(range(256)) * 1000
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT; `cut` connections end after a fifth of it, `status` is answered instead, `ranges` can be off."""
+    """Serves CONTENT; `cut` connections end after a fifth of it, `status` is an answer instead of it."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.cut, self.status, self.ranges, self.kind, self.requests = 0, None, True, "application/octet-stream", []
+        self.cut, self.status, self.ranges, self.requests = 0, None, True, []
+        self.kind = "application/octet-stream"
         self.url = f"http://127.0.0.1:{self.server_port}/file"
 
 

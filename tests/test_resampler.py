@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from cli import UserError
 from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig

@@ -1,4 +1,4 @@
-"""sample.py: what is captioned and in which order, what is printed and written, and where the model looked."""
+"""sample.py: what is captioned, in which order, what is printed and written, where the model looked."""
 
 import csv
 import http.server
@@ -27,8 +27,9 @@ from vit import ViTConfig
 def model():
     """Random everywhere, so that its cross-attention matters; in eval mode."""
     tokenizer = Tokenizer.train(["a dog runs over the grass.", "two men on a bench"] * 9, 300)
-    model = VisionGPT(VisionGPTConfig(ViTConfig(32, 8, 2, 2, 32, 64), GPT2Config(tokenizer.vocab_size, 64, 4, 2, 32),
-                                      ResamplerConfig(8, 2, 2, 8, 16)), tokenizer).eval()
+    config = VisionGPTConfig(ViTConfig(32, 8, 2, 2, 32, 64), GPT2Config(tokenizer.vocab_size, 64, 4, 2, 32),
+                             ResamplerConfig(8, 2, 2, 8, 16))
+    model = VisionGPT(config, tokenizer).eval()
     torch.manual_seed(0)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -67,7 +68,8 @@ def run(folder, capsys):
 
 def test_pictures_come_in_natural_order():
     names = ["b/img1.png", "img10.png", "IMG2.png", "img1.png", "a10b2", "a10b10"]
-    assert sorted(names, key=sample.natural) == ["a10b2", "a10b10", "b/img1.png", "img1.png", "IMG2.png", "img10.png"]
+    assert sorted(names, key=sample.natural) == ["a10b2", "a10b10", "b/img1.png", "img1.png", "IMG2.png",
+                                                 "img10.png"]
 
 
 def test_pictures_of_folders_patterns_and_names(folder, monkeypatch):
@@ -76,7 +78,8 @@ def test_pictures_of_folders_patterns_and_names(folder, monkeypatch):
     assert sample.find_pictures(["photos"]) == (in_folder, [])
     assert sample.find_pictures(["photos/*.png"]) == (["photos/img10.png"], [])
     assert sample.find_pictures(["photos/**/*.png"])[0] == ["photos/below/img0.png", "photos/img10.png"]
-    assert sample.find_pictures(["photos/notes.txt", "-", "https://a.b/c"])[0] == ["-", "https://a.b/c", "photos/notes.txt"]
+    as_named = ["-", "https://a.b/c", "photos/notes.txt"]
+    assert sample.find_pictures(as_named[::-1]) == (as_named, [])
     assert sample.find_pictures(["photos/img10.png"] * 2)[0] == ["photos/img10.png"] * 2
     found, missing = sample.find_pictures(["nope.jpg", "no*.jpg", "checkpoint"])
     assert found == [] and [line.split(":")[0] for line in missing] == ["nope.jpg", "no*.jpg", "checkpoint"]
@@ -140,8 +143,9 @@ def test_one_file_prints_the_bare_caption(run, model, folder):
 
 
 def test_several_print_path_and_caption_whatever_the_batch_size(run, model, folder):
-    captions = model.caption([str(folder / "photos" / name) for name in ("img2.PNG", "img10.png")], max_length=6)
-    expected = "".join(f"{name}\t{' '.join(c.split())}\n" for name, c in zip(("img2.PNG", "img10.png"), captions))
+    names = ["img2.PNG", "img10.png"]
+    captions = model.caption([str(folder / "photos" / name) for name in names], max_length=6)
+    expected = "".join(f"{name}\t{' '.join(text.split())}\n" for name, text in zip(names, captions))
     for size in (1, 2, 7):
         assert run("photos/img10.png", "--batch-size", size, "photos/img2.PNG") == (0, expected, "")
 
@@ -154,7 +158,7 @@ def test_a_bad_picture_is_named_and_the_others_are_captioned(run):
 
 def test_pictures_in_the_examples_folder_are_the_default(run, folder, monkeypatch):
     monkeypatch.setattr(sample, "EXAMPLES", folder / "photos/below")
-    assert run()[1].startswith(f"below/img0.png\t")
+    assert run()[1].startswith("below/img0.png\t")
 
 
 def test_json_on_stdout_is_all_there_is(run):
@@ -194,7 +198,8 @@ def test_drawings_hold_every_picture_up_to_the_limit(run, tmp_path, monkeypatch)
 
 
 def script(*args, **options):
-    return subprocess.run([sys.executable, ROOT / "sample.py", *map(str, args)], capture_output=True, **options)
+    command = [sys.executable, str(ROOT / "sample.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, **options)
 
 
 def test_script_reads_stdin_and_names_the_checkpoint_it_chose(folder, tmp_path):
@@ -207,7 +212,8 @@ def test_script_reads_stdin_and_names_the_checkpoint_it_chose(folder, tmp_path):
 
 def test_script_ends_mistakes_in_one_line(tmp_path):
     done = script("nope.jpg", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b"", "error: nope.jpg: no such picture\n")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode() == "error: nope.jpg: no such picture\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,12 +222,12 @@ def test_script_ends_mistakes_in_one_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def seen(model):
-    """Two images and captions, and what each attention module took and returned in the model's own forward pass."""
+    """Two images and captions, and what each attention module took and gave in the forward pass."""
     torch.manual_seed(1)
     images, tokens = torch.randn(2, 3, 32, 32), torch.randint(0, model.end_id, (2, 7))
     calls = {}
     modules = {**{f"layer {i}": layer for i, layer in enumerate(model.resampler.layers)}, **model.xattn}
-    hooks = [module.register_forward_hook(lambda module, given, out, name=name: calls.update({name: (given, out)}))
+    hooks = [module.register_forward_hook(lambda _, given, out, name=name: calls.update({name: (given, out)}))
              for name, module in modules.items()]
     with torch.inference_mode():
         model(tokens, model.encode(images))
@@ -258,7 +264,8 @@ def test_cross_attention_probabilities_are_those_of_the_forward_pass(model, seen
 def test_maps_are_shares_of_the_picture_and_the_default_is_the_mean_of_the_layers(model, seen):
     images, tokens, _ = seen
     maps = attention.attention_maps(model, images, tokens)
-    assert maps.shape == (2, 7, 4, 4) and torch.allclose(maps.sum((2, 3)), torch.ones(2, 7)) and maps.min() >= 0
+    assert maps.shape == (2, 7, 4, 4) and maps.min() >= 0
+    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 7))
     layers = [attention.attention_maps(model, images, tokens, i) for i in model.config.cross_attention]
     torch.testing.assert_close(maps, sum(layers) / len(layers))
     with pytest.raises(UserError, match="choose from 1, 2, 3"):
@@ -272,7 +279,7 @@ def test_map_of_a_word_does_not_see_what_follows_it_nor_the_padding(model, seen)
 
 
 def test_map_lies_over_the_picture_row_by_row():
-    """With a ViT that does not mix its patches, a change in one place of the picture moves the map there most."""
+    """With a ViT that does not mix its patches, a change in one place moves the map most there."""
     torch.manual_seed(0)
     model = VisionGPT(VisionGPTConfig(ViTConfig(32, 8, 0, 2, 32, 64), GPT2Config(300, 64, 4, 2, 32),
                                       ResamplerConfig(8, 1, 2, 8, 16))).eval()

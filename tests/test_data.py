@@ -1,0 +1,368 @@
+"""A prepared set makes the round trip; batches, pictures and cached features are what training thinks they are."""
+
+import fcntl
+import os
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+from cli import UserError
+from data import (CaptionSet, Eyes, augment, batches, cached_features, clean_caption, collate, load_ahead,
+                  read_pixels, write_images, write_set)
+from test_model import TEXTS, tiny_model
+from tokenizer import Tokenizer
+from vit import ViT, ViTConfig, normalize, preprocess, resize
+
+WORDS = "a dog cat runs sleeps on the red sofa grass it's big man with ball".split()
+
+
+def make_set(folder, images=14, size=24, seed=0, longest=20, **options):
+    """A prepared set: captions of 1 to `longest` words, up to five an image, none of image 3, in mixed order.
+
+    Returns pictures (N, S, S, 3) and {image: its source texts}.
+    """
+    rng = np.random.default_rng(seed)
+    pictures = rng.integers(0, 256, (images, size, size, 3), np.uint8)
+    pairs = []
+    for place in range(5):
+        for image in rng.permutation(images):
+            if place < (0 if image == 3 else 1 + image % 5):
+                text = " ".join(rng.choice(WORDS, rng.integers(1, longest + 1)))
+                pairs.append((int(image), text + rng.choice([" .", "", " !"])))
+    names = [f"{i}.jpg" for i in range(images)]
+    splits = {"train": list(range(0, images - 5)), "val": list(range(images - 5, images - 1)),
+              "test": [images - 1]}
+    assert write_images(str(folder), iter(pictures), size) == images
+    tokenizer = options.pop("tokenizer", None) or Tokenizer.train([text for _, text in pairs], 280)
+    write_set(str(folder), names, pairs, splits, tokenizer, {"image_size": size}, **options)
+    return pictures, {i: [text for image, text in pairs if image == i] for i in range(images)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return str(folder), *make_set(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the set on disk
+
+
+def test_set_makes_the_round_trip(prepared):
+    folder, pictures, texts = prepared
+    data = CaptionSet(folder)
+    assert np.array_equal(data.images, pictures) and not data.images.flags.writeable
+    assert data.names[5] == "5.jpg" and data.image_ids == list(range(14))
+    assert sorted(data.captions) == sorted(text for own in texts.values() for text in own)
+    assert [data.references(i) for i in range(14)] == [texts[i] for i in range(14)]
+    chosen = np.array([7, 2, 3, 4])
+    rows, image = data.rows(chosen)
+    wanted = [(clean_caption(t), place) for place, i in enumerate(chosen) for t in texts[i]]
+    assert [(data.tokenizer.decode(row.tolist()), place) for row, place in zip(rows, image)] == wanted
+    lengths = [max(len(data.tokenizer.encode(clean_caption(t))) for t in texts[i]) for i in (7, 2, 4)]
+    assert data.longest(chosen[[0, 1, 3]]).tolist() == lengths
+
+
+def test_split_leaves_out_images_without_captions(prepared):
+    folder, _, texts = prepared
+    assert CaptionSet(folder).split("train").tolist() == [0, 1, 2, 4, 5, 6, 7, 8] and not texts[3]
+    data = CaptionSet(folder)
+    data.splits["val"] = np.array([3])
+    with pytest.raises(UserError, match="has no val images with captions"):
+        data.split("val")
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_another_tokenizer_encodes_the_captions_anew(clean, tmp_path):
+    _, texts = make_set(tmp_path, clean=clean)
+    other = Tokenizer.train(TEXTS, 270)
+    data = CaptionSet(str(tmp_path), other)
+    assert data.tokenizer is other and other.ranks != Tokenizer.load(tmp_path).ranks
+    for image in range(14):
+        wanted = [other.encode(clean_caption(t) if clean else t) for t in texts[image]]
+        assert [row.tolist() for row in data.rows([image])[0]] == wanted
+    own = CaptionSet(str(tmp_path), Tokenizer.load(tmp_path))            # equal ranks: the stored tokens
+    assert np.array_equal(own.tokens, np.fromfile(tmp_path / "tokens.bin", np.uint16))
+    assert own.tokenizer.decode(own.tokens[: own.offset[1]].tolist()) == (
+        clean_caption(own.captions[0]) if clean else own.captions[0])
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+@pytest.mark.parametrize("damage", [os.remove, cut, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["meta.json", "images.bin", "captions.json", "index.npz", "tokens.bin",
+                                  "tokenizer.json"])
+def test_damaged_set_is_one_line(name, damage, prepared, tmp_path):
+    """Truncated pictures or an index cut short once ended in a traceback."""
+    folder = shutil.copytree(prepared[0], tmp_path / "set")
+    damage(folder / name)
+    with pytest.raises(UserError) as caught:
+        CaptionSet(str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_of_two_sets_do_not_mix(prepared, tmp_path):
+    make_set(tmp_path / "other", images=9)
+    for name in ("images.bin", "captions.json", "index.npz", "tokens.bin"):
+        folder = shutil.copytree(prepared[0], tmp_path / name)
+        shutil.copy(tmp_path / "other" / name, folder)
+        with pytest.raises(UserError, match="is damaged"):
+            CaptionSet(str(folder))
+
+
+def test_missing_set_names_the_commands(tmp_path):
+    with pytest.raises(UserError, match=r"no prepared set.*python prepare_flickr8k.py.*prepare_shapes.py"):
+        CaptionSet(str(tmp_path / "none"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# batches
+
+
+def lengths_alone(count):
+    lengths = np.random.default_rng(0).integers(5, 40, count)
+    return lengths, SimpleNamespace(longest=lambda images: lengths[images])
+
+
+def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone():
+    _, data = lengths_alone(500)
+    images, orders = np.arange(100, 500), {}
+    for seed in (1, 2):
+        for epoch in (0, 1):
+            parts = batches(data, images, 3, seed, epoch)
+            assert sorted(map(len, parts)) == [1] + [3] * 133
+            assert sorted(np.concatenate(parts)) == images.tolist()
+            orders[seed, epoch] = [part.tolist() for part in parts]
+            batches(data, images, 3, 5, 5)                                     # nothing is carried on
+            assert [part.tolist() for part in batches(data, images, 3, seed, epoch)] == orders[seed, epoch]
+    pairs = {frozenset(part) for order in orders.values() for part in order}
+    assert len(pairs) > 4 * 130                                                # the company changes too
+
+
+def test_batches_pad_little_and_come_in_no_order_of_length():
+    lengths, data = lengths_alone(2000)
+    parts = batches(data, np.arange(2000), 16, 0, 0)
+    padded = sum(len(part) * lengths[part].max() for part in parts)
+    assert padded < 1.05 * lengths.sum()
+    shuffled = np.array_split(np.random.default_rng(1).permutation(2000), 125)
+    assert sum(len(part) * lengths[part].max() for part in shuffled) > 1.5 * lengths.sum()
+    tops = np.array([lengths[part].max() for part in parts])
+    assert abs(np.corrcoef(tops[1:], tops[:-1])[0, 1]) < 0.3
+
+
+def test_collate_shares_images_and_pads_by_length(prepared):
+    folder, _, texts = prepared
+    data, images = CaptionSet(folder), np.array([6, 1, 4])
+    batch = collate(data, images, lambda images, rng: {"images": images})
+    end, rows = data.tokenizer.end_id, [(p, t) for p, i in enumerate(images) for t in texts[i]]
+    assert batch["image"].tolist() == [place for place, _ in rows] and batch["seen"]["images"] is images
+    assert batch["tokens"].shape == batch["targets"].shape == (len(rows), 1 + data.longest(images).max())
+    for tokens, targets, (_, text) in zip(batch["tokens"].tolist(), batch["targets"].tolist(), rows):
+        ids = data.tokenizer.encode(clean_caption(text))
+        padding = len(tokens) - len(ids) - 1
+        assert tokens == [end, *ids] + [end] * padding and targets == [*ids, end] + [-100] * padding
+    assert batch["count"] == sum(1 + len(data.tokenizer.encode(clean_caption(t))) for _, t in rows)
+
+
+def test_load_ahead_keeps_order_and_passes_errors_on():
+    assert list(load_ahead(lambda n: n * n, range(5))) == [0, 1, 4, 9, 16]
+    assert list(load_ahead(None, range(0))) == []
+
+    def fail(n):
+        if n == 2:
+            raise UserError("no more")
+        return n
+    seen = []
+    with pytest.raises(UserError, match="no more"):
+        for n in load_ahead(fail, range(4)):
+            seen.append(n)
+    assert seen == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def test_augment_crops_inside_and_flips():
+    """Pictures whose red is x and green is y tell which part of them is seen, and which way round."""
+    S, B = 64, 300
+    pixels = np.zeros((B, S, S, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = 4 * np.arange(S)[None, :], 4 * np.arange(S)[:, None]
+    out = augment(pixels, 32, np.random.default_rng(3))
+    assert out.shape == (B, 32, 32, 3) and out.dtype == torch.uint8
+    assert torch.equal(out, augment(pixels, 32, np.random.default_rng(3)))
+    assert not torch.equal(out, augment(pixels, 32, np.random.default_rng(4)))
+    x, y = out[:, 16, :, 0].float() / 4, out[:, :, 16, 1].float() / 4          # where each column and row lies
+    flipped = x[:, -1] < x[:, 0]
+    assert 0.4 < flipped.float().mean() < 0.6
+    x = torch.where(flipped[:, None], x.flip(1), x)
+    assert (x.diff() >= 0).all() and (y.diff() >= 0).all()                     # upright, the parts in place
+    wide, high = ((v[:, 28] - v[:, 3]) * 32 / 25 / S for v in (x, y))          # the borders are clamped
+    assert 0.45 < (wide * high).min() < 0.6 and 0.85 < (wide * high).max() < 1.05
+    assert 0.7 < (wide / high).min() and (wide / high).max() < 1.45
+    assert x[:, 0].max() > 10 and y[:, 0].max() > 10 and x[:, 0].min() < 1     # not always the same corner
+
+
+def test_read_pixels_gives_what_a_captioner_sees(prepared, tmp_path):
+    data = CaptionSet(prepared[0])
+    images = np.array([4, 1])
+    assert np.array_equal(read_pixels(data, images, 24), data.images[images])
+    small = read_pixels(data, images, 16)
+    assert small.shape == (2, 16, 16, 3) and small.dtype == torch.uint8
+    Image.fromarray(data.images[4]).save(tmp_path / "4.png")
+    config = ViTConfig(image_size=16, patch_size=8)
+    assert torch.equal(normalize(small, config)[:1], preprocess([tmp_path / "4.png"], config))
+
+
+def eyes_of(data, model, **changes):
+    cfg = SimpleNamespace(**{"blind": False, "augment": False, "train": "fusion", **changes})
+    return Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+
+
+def test_eyes_see_pixels_crops_features_or_nothing(prepared):
+    data, model, images = CaptionSet(prepared[0]), tiny_model(), np.array([5, 0, 13])
+    plain = normalize(read_pixels(data, images, 16), model.config.vit)
+    assert torch.equal(eyes_of(data, model, train="all")(images, np.random.default_rng(0))["images"], plain)
+    blind = eyes_of(data, model, blind=True)(images)["images"]
+    assert blind.shape == plain.shape and not blind.any()
+    crops = eyes_of(data, model, augment=True)
+    assert torch.equal(crops(images)["images"], plain)                          # in validation
+    one, again = (crops(images, np.random.default_rng(1))["images"] for _ in range(2))
+    assert torch.equal(one, again) and one.shape == plain.shape and not torch.allclose(one, plain, atol=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        features = eyes_of(data, model)(images)["features"]
+    assert features.dtype == torch.float16
+    with torch.no_grad():
+        assert torch.allclose(features.float(), model.vit(plain)[:, 1:], rtol=1e-3, atol=1e-4)
+
+
+def test_features_and_pixels_give_the_same_loss(prepared):
+    data = CaptionSet(prepared[0], Tokenizer.train(TEXTS, 300))
+    model, images = tiny_model(tokenizer=data.tokenizer, std=1.0), data.split("train")
+    losses = []
+    for choice in ("fusion", "all"):
+        batch = collate(data, images, eyes_of(data, model, train=choice))
+        assert ("features" in batch["seen"]) == (choice == "fusion")
+        for image in (batch["image"], batch["image"].flip(0)):
+            visual = model.encode(**batch["seen"])
+            losses.append(model.loss(batch["tokens"], visual, batch["targets"], image).item())
+    assert losses[:2] == pytest.approx(losses[2:], rel=3e-5)
+    assert abs(losses[2] / losses[3] - 1) > 1e-4                               # who sees what matters more
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the cache of features
+
+
+@pytest.fixture
+def eye(prepared, tmp_path):
+    """A set of its own, a tiny ViT, and `compute(**changes)`, which gives the features and their file."""
+    folder = shutil.copytree(prepared[0], tmp_path / "set", ignore=shutil.ignore_patterns("features-*"))
+    vit = tiny_model().vit
+
+    def compute(vit=vit, dtype=torch.float32, batch_size=4):
+        before = set(folder.glob("features-*"))
+        digest = checkpoint.sha256(vit.state_dict())
+        vit = vit.to(dtype)
+        features = cached_features(vit, CaptionSet(str(folder)), digest, torch.device("cpu"), dtype, batch_size)
+        vit.float()
+        return np.array(features), [p for p in folder.glob("features-*") if p not in before]
+
+    return SimpleNamespace(folder=folder, vit=vit, compute=compute)
+
+
+def test_features_are_those_of_a_forward_pass(eye):
+    features, (file,) = eye.compute()
+    pictures = CaptionSet(str(eye.folder)).images
+    pixels = torch.stack([torch.from_numpy(np.array(resize(Image.fromarray(p), 16))) for p in pictures])
+    with torch.no_grad():
+        wanted = eye.vit(normalize(pixels, eye.vit.config))[:, 1:]
+    assert features.shape == (14, 4, 12) and features.dtype == np.float16
+    assert np.abs(features - wanted.numpy()).max() <= wanted.abs().max() * 2**-11 + 1e-6    # half an ulp
+    assert file.stat().st_size == 14 * 4 * 12 * 2 and not list(eye.folder.glob("*.partial"))
+
+
+def test_features_are_computed_once_and_anew_when_anything_changed(eye):
+    """Heads, eps and activation are no weights, and yet change the features."""
+    first, files = eye.compute()
+    names = {files[0].name}
+    marked = np.fromfile(files[0], np.float16)
+    marked[:] = 7
+    marked.tofile(files[0])
+    assert (eye.compute()[0] == 7).all()                                   # read, not computed
+    for change in ("weight", "n_head", "eps", "activation", "mean", "dtype", "picture"):
+        vit, dtype = eye.vit, torch.float32
+        if change == "weight":
+            vit = tiny_model(seed=1).vit
+        elif change == "picture":
+            with open(eye.folder / "images.bin", "r+b") as file:
+                file.write(bytes(600))
+        elif change == "dtype":
+            dtype = torch.bfloat16
+        else:
+            value = {"n_head": 3, "eps": 1e-2, "activation": "quick_gelu", "mean": (0, 0, 0)}[change]
+            settings = {k: getattr(eye.vit.config, k) for k in eye.vit.config.__dataclass_fields__}
+            vit = ViT(ViTConfig(**{**settings, change: value})).eval()
+            vit.load_state_dict(eye.vit.state_dict())
+        features, files = eye.compute(vit, dtype)
+        assert len(files) == 1 and files[0].name not in names, change
+        names.add(files[0].name)
+        assert not (features == 7).all() and not np.array_equal(features, first), change
+
+
+def test_interrupted_features_are_gone_on_from(eye):
+    whole, (file,) = eye.compute()
+    batch = 4 * 4 * 12 * 2                                                 # bytes of four images
+    content = file.read_bytes()
+    partial = Path(f"{file}.partial")
+    for length in (0, 1, batch - 1, batch, 2 * batch + batch // 2 + 1, len(content)):
+        file.unlink()
+        partial.write_bytes(content[:length])
+        assert np.array_equal(eye.compute()[0], whole)
+        assert file.read_bytes() == content and not partial.exists()
+    file.unlink()
+    partial.write_bytes(bytes(batch + batch // 2))                         # zeros, to see what is taken over
+    features, _ = eye.compute()
+    assert not features[:4].any() and np.array_equal(features[4:], whole[4:])
+
+
+def test_features_survive_an_error_and_never_run_twice_at_once(eye):
+    class Tired(torch.nn.Module):
+        config, calls = eye.vit.config, 0
+
+        def forward(self, images):
+            Tired.calls += 1
+            if Tired.calls == 3:
+                raise KeyboardInterrupt
+            return eye.vit(images)
+
+    data = CaptionSet(str(eye.folder))
+    arguments = data, checkpoint.sha256(eye.vit.state_dict()), torch.device("cpu"), torch.float32, 4
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(Tired(), *arguments)
+    (partial,) = eye.folder.glob("*.partial")
+    assert partial.stat().st_size == 8 * 4 * 12 * 2
+    with open(partial, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is writing"):
+            eye.compute()
+    assert np.array_equal(cached_features(eye.vit, *arguments), cached_features(Tired(), *arguments))
+    assert Tired.calls == 3                                                # the second read the file
+
+
+def test_features_that_overflow_are_an_error(eye):
+    with torch.no_grad():
+        eye.vit.norm.weight.fill_(1e6)
+    with pytest.raises(UserError, match="overflow float16"):
+        eye.compute()
+    assert [p.suffix for p in eye.folder.glob("features-*")] == [".partial"]

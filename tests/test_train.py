@@ -1,0 +1,713 @@
+"""Training computes what the formulas say, repeats itself exactly after a stop, and says what is wrong."""
+
+import dataclasses
+import fcntl
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import checkpoint
+import cli
+import prepare_shapes
+import train as trainer
+from cli import UserError
+from data import CaptionSet, Eyes, batches, clean_caption, collate
+from model import VisionGPT
+from test_checkpoint import save_backbones
+from test_data import make_set
+from test_model import TEXTS, captioner
+from train import PRESETS, TrainConfig, build_model, learning_rate, make_optimizer, settings, train, validate
+
+SCRIPT = Path(trainer.__file__)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A prepared set, tiny backbones with GPT-2's part of the tokenizer, and two checkpoints to start from."""
+    folder = tmp_path_factory.mktemp("train")
+    pictures, texts = make_set(folder / "data", longest=7)
+    model = captioner(n_positions=40)                     # every parameter random, output projections too
+    files = save_backbones(model, folder / "weights")
+    model.tokenizer.save(folder / "weights")
+    model.save_pretrained(folder / "complete")
+    model.save_pretrained(folder / "fusion", backbones=files)
+    return SimpleNamespace(folder=folder, pictures=pictures, texts=texts, model=model)
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    """config(**changes) -> a TrainConfig on the tiny set that evaluates little."""
+    def make(**changes):
+        given = dict(data=str(base.folder / "data"), weights=str(base.folder / "weights"),
+                     out=str(tmp_path / "run"), batch_size=3, warmup_steps=2, learning_rate=1e-2, num_samples=1,
+                     eval_interval=100, log_interval=1, device="cpu", max_steps=1, epochs=50)
+        return TrainConfig(**{**given, **changes})
+    return make
+
+
+def log_of(cfg, name):
+    lines = (Path(cfg.out) / "log.jsonl").read_text().splitlines()
+    return {row["step"]: row[name] for row in map(json.loads, lines) if name in row}
+
+
+def state_of(cfg):
+    return torch.load(Path(cfg.out) / "training_state.pt", weights_only=True)
+
+
+def go_on(cfg, **given):
+    return train(*settings({"resume": True, "out": cfg.out, **given}))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the loss and its gradient against a reference that knows nothing of batches, padding and sharing
+
+MUTATIONS = ["erf instead of tanh in GPT-2", "tanh instead of erf in the fusion", "a look at the next word",
+             "no end to learn", "the neighbour's image", "a mean of means", "cross-attention after its block",
+             "no residual in the resampler", "a scale of the whole width"]
+
+
+def reference_loss(P, config, seen, parts, mutation=None):
+    """The mean over all targets, each caption by itself. `seen`: pictures (N, 3, S, S) or patches (N, 4, C);
+    `parts`, the batches of the step: lists of (place in `seen`, tokens)."""
+    def linear(x, name):
+        return F.linear(x, P[name + ".weight"], P.get(name + ".bias"))
+
+    def norm(x, name, eps=1e-5):
+        return F.layer_norm(x, x.shape[-1:], P[name + ".weight"], P[name + ".bias"], eps)
+
+    def attend(q, k, v, heads, mask=None):
+        q, k, v = (x.view(len(x), heads, -1).transpose(0, 1) for x in (q, k, v))         # (H, T, D)
+        wide = heads if "whole width" in str(mutation) else 1
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1] * wide)
+        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+        return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+    def see(picture):
+        x = F.conv2d(picture[None], P["vit.patch_embed.weight"], P["vit.patch_embed.bias"], stride=8)
+        x = torch.cat([P["vit.cls_token"][0], x[0].flatten(1).T]) + P["vit.pos_embed"][0]
+        for i in range(config.vit.n_layer):
+            name = f"vit.blocks.{i}."
+            qkv = linear(norm(x, name + "norm1", 1e-6), name + "attn.qkv").chunk(3, dim=1)
+            x = x + linear(attend(*qkv, config.vit.n_head), name + "attn.proj")
+            h = F.gelu(linear(norm(x, name + "norm2", 1e-6), name + "mlp.fc1"))
+            x = x + linear(h, name + "mlp.fc2")
+        return norm(x, "vit.norm", 1e-6)[1:]
+
+    def resample(patches):
+        patches, x = linear(patches, "resampler.project"), P["resampler.latents"]
+        for i in range(config.resampler.n_layer):
+            name = f"resampler.layers.{i}."
+            q = linear(norm(x, name + "norm_latents"), name + "q")
+            k, v = linear(norm(patches, name + "norm_patches"), name + "kv").chunk(2, dim=1)
+            seen = linear(attend(q, k, v, config.resampler.n_head), name + "proj")
+            x = seen if "residual" in str(mutation) else x + seen
+            form = "tanh" if "in the fusion" in str(mutation) else "none"
+            h = F.gelu(linear(norm(x, name + "norm_mlp"), name + "fc1"), approximate=form)
+            x = x + linear(h, name + "fc2")
+        return x
+
+    def look(x, visual, i):
+        name = f"xattn.{i}."
+        k, v = linear(visual, name + "kv").chunk(2, dim=1)
+        return x + linear(attend(linear(norm(x, name + "ln"), name + "q"), k, v, config.gpt2.n_head), name + "out")
+
+    def caption_loss(visual, row):
+        end, late = config.gpt2.vocab_size - 1, "after" in str(mutation)
+        targets = row if "end" in str(mutation) else [*row, end]
+        tokens = [end, *row][: len(targets)]
+        x = P["gpt2.wte.weight"][tokens] + P["gpt2.wpe.weight"][: len(tokens)]
+        mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril(int("next word" in str(mutation)))
+        for i in range(config.gpt2.n_layer):
+            x = look(x, visual, i) if i in config.cross_attention and not late else x
+            name = f"gpt2.h.{i}."
+            qkv = linear(norm(x, name + "ln_1"), name + "attn.c_attn").chunk(3, dim=1)
+            x = x + linear(attend(*qkv, config.gpt2.n_head, mask), name + "attn.c_proj")
+            form = "none" if "in GPT-2" in str(mutation) else "tanh"
+            h = F.gelu(linear(norm(x, name + "ln_2"), name + "mlp.c_fc"), approximate=form)
+            x = x + linear(h, name + "mlp.c_proj")
+            x = look(x, visual, i) if i in config.cross_attention and late else x
+        logits = norm(x, "gpt2.ln_f") @ P["gpt2.wte.weight"].T
+        return F.cross_entropy(logits, torch.tensor(targets), reduction="sum"), len(targets)
+
+    sums = []
+    for part in parts:
+        images = [image for image, _ in part]
+        visual = {i: resample(seen[i] if seen.ndim == 3 else see(seen[i])) for i in set(images)}
+        images = images[1:] + images[:1] if "neighbour" in str(mutation) else images
+        losses, counts = zip(*(caption_loss(visual[i], row) for i, (_, row) in zip(images, part)))
+        sums.append((sum(losses), sum(counts)))
+    if "means" in str(mutation):
+        return sum(loss / count for loss, count in sums) / len(sums)
+    return sum(loss for loss, _ in sums) / sum(count for _, count in sums)
+
+
+def agree(found, wanted):
+    """Norm of the difference at most 1e-5 of the larger of its own and a thousandth of the largest."""
+    least = max(g.norm() for g in wanted.values()) / 1000
+    return found.keys() == wanted.keys() and all(
+        (found[name] - g).norm() <= 1e-5 * max(g.norm(), least) for name, g in wanted.items())
+
+
+@pytest.mark.parametrize("part", ["fusion", "all"])
+def test_a_training_step_is_what_the_formulas_say(part, base, config):
+    """Of the run itself: its log gives the loss, AdamW's first moment after one step is a tenth of the gradient.
+
+    Two forward passes of unequal size, buckets, padding, shared images and cached features included.
+    """
+    cfg = config(init_from=str(base.folder / "complete"), train=part, batch_size=2, grad_accumulation=2,
+                 dropout=0.0, grad_clip=0.0)
+    train(cfg)
+    model, data = build_model(cfg)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, cfg)
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    moments = state_of(cfg)["optimizer"]["state"]
+    found = {name: moments[i]["exp_avg"].double() / (1 - 0.9) for i, name in enumerate(order)}
+
+    prefixes = ("resampler.", "xattn.") if part == "fusion" else ("",)
+    P = {name: p.double().requires_grad_(name.startswith(prefixes)) for name, p in base.model.state_dict().items()}
+    if part == "fusion":
+        (file,) = (base.folder / "data").glob("features-*.bin")
+        seen = torch.from_numpy(np.fromfile(file, np.float16).reshape(-1, 4, 12)).double()
+    else:
+        small = [Image.fromarray(p).resize((16, 16), Image.Resampling.BILINEAR) for p in base.pictures]
+        mean, std = np.array(model.config.vit.mean), np.array(model.config.vit.std)
+        seen = torch.from_numpy((np.stack(small) / 255 - mean) / std).permute(0, 3, 1, 2).double()
+    parts = [[(i, base.model.tokenizer.encode(clean_caption(text))) for i in images for text in base.texts[i]]
+             for images in batches(data, data.split("train"), 2, cfg.seed, 0)[:2]]
+    targets = [sum(1 + len(row) for _, row in part) for part in parts]
+    assert targets[0] != targets[1] and len({i for i, _ in parts[0]}) == 2 < len(parts[0])
+
+    for mutation in [None, *(MUTATIONS if part == "fusion" else [])]:
+        loss = reference_loss(P, model.config, seen, parts, mutation)
+        trained = {name: p for name, p in P.items() if p.requires_grad}
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        wanted = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), gradients)}
+        right = agree(found, wanted) and abs(log_of(cfg, "loss")[1] - loss.item()) < 1e-5 * loss.item()
+        assert right == (mutation is None), mutation
+
+
+def test_a_caption_costs_the_same_in_any_company(base, config):
+    cfg = config(train="all", init_from=str(base.folder / "complete"), dropout=0.0)
+    model, data = build_model(cfg)
+    eyes = Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+
+    @torch.no_grad()
+    def loss(images):
+        batch = collate(data, np.array(images), eyes)
+        visual = model.encode(**batch["seen"])
+        return model.loss(batch["tokens"], visual, batch["targets"], batch["image"], reduction="sum").item()
+    alone = {i: loss([i]) for i in (0, 4, 7)}
+    assert loss([4, 7]) == pytest.approx(alone[4] + alone[7], rel=1e-6)
+    assert loss([7, 0, 4]) == pytest.approx(sum(alone.values()), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# stopped and resumed
+
+
+class Trigger(io.StringIO):
+    """A stdout that does something once, when it is written `sign`."""
+
+    def __init__(self, sign, act):
+        super().__init__()
+        self.sign, self.act = sign, act
+
+    def write(self, text):
+        if self.act and self.sign in text:
+            act, self.act = self.act, None
+            act()
+        return super().write(text)
+
+
+def flat(value, path=""):
+    """Nested dicts and lists -> {path: number, text or bytes of a tensor}."""
+    if isinstance(value, torch.Tensor):
+        return {path: (value.dtype, value.numpy().tobytes())}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {path: value}
+    return {k: v for name, item in items for k, v in flat(item, f"{path}.{name}").items()}
+
+
+def same_run(cfg, other):
+    """Bitwise the same parameters, optimizer and best model, and the same losses in log.jsonl."""
+    a, b = state_of(cfg), state_of(other)
+    assert flat({**a, "config": 0}) == flat({**b, "config": 0}) and a.keys() == b.keys()
+    for name in ("loss", "lr", "val_loss", "val_loss_shuffled"):
+        assert log_of(cfg, name) == log_of(other, name)
+    (one,), (two,) = (list(Path(c.out).glob("[fm]*.safetensors")) for c in (cfg, other))
+    assert one.name == two.name and one.read_bytes() == two.read_bytes()
+
+
+LONG = dict(max_steps=11, log_interval=3, eval_interval=4, save_interval=5, grad_accumulation=2)
+KINDS = {"fusion": dict(dropout=0.3, **LONG), "all": dict(train="all", augment=True, dropout=0.2, **LONG)}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def unbroken(request, base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    cfg = TrainConfig(data=str(base.folder / "data"), weights=str(base.folder / "weights"), out=str(out),
+                      batch_size=2, warmup_steps=2, learning_rate=1e-2, num_samples=1, device="cpu", epochs=50,
+                      **KINDS[request.param])
+    assert train(cfg) == min(log_of(cfg, "val_loss").values())
+    assert list(log_of(cfg, "loss")) == [3, 6, 9, 11] and list(log_of(cfg, "val_loss")) == [4, 8, 11]
+    return cfg
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path, monkeypatch):
+    """The signal comes while it evaluates, after step 4; step 5 is done and saved, between two log lines."""
+    cfg = dataclasses.replace(unbroken, out=str(tmp_path / "run"))
+    number = signal.SIGTERM if cfg.train == "fusion" else signal.SIGINT
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(sys, "stdout", Trigger("step 4: validation", lambda: os.kill(os.getpid(), number)))
+    with pytest.raises(KeyboardInterrupt) as kept:                 # as a notebook keeps it, with all its frames
+        train(cfg)
+    assert "stopped after step 5; go on with the same command and --resume" in sys.stdout.getvalue()
+    assert state_of(cfg)["step"] == 5 and list(log_of(cfg, "loss")) == [3] and kept.traceback
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    go_on(cfg)
+    same_run(cfg, unbroken)
+
+
+@pytest.mark.parametrize("unbroken", ["fusion"], indirect=True)
+def test_a_killed_run_goes_on_from_its_last_save(unbroken, tmp_path):
+    """kill -9 after step 6; steps 4 and 5 belong to a log line that comes after the save."""
+    cfg, flags = dataclasses.replace(unbroken, out=str(tmp_path / "run")), []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if value != field.default:
+            flags += [f"--{field.name}"] if value is True else [f"--{field.name}={value}"]
+    code = ("import io, os, runpy, sys\n"
+            "class Out(io.StringIO):\n"
+            "    def write(self, text):\n"
+            "        os.kill(os.getpid(), 9) if 'step 6/' in text else None\n"
+            f"sys.stdout, sys.argv = Out(), ['train.py'] + {flags}\n"
+            f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert state_of(cfg)["step"] == 5 and list(log_of(cfg, "loss")) == [3, 6]
+    with open(Path(cfg.out) / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "val_l')                            # a line that was cut
+    (Path(cfg.out) / "training_state.pt.1.tmp").write_text("")      # a save that was cut
+    go_on(cfg)
+    same_run(cfg, unbroken)
+    assert not list(Path(cfg.out).glob("*.tmp"))
+
+
+@pytest.mark.parametrize("unbroken", ["all"], indirect=True)
+def test_training_state_alone_suffices_whatever_the_intervals(unbroken, tmp_path):
+    """Another eval interval, too, leaves every step as it was."""
+    cfg = dataclasses.replace(unbroken, out=str(tmp_path / "run"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys, "stdout", Trigger("step 6/", lambda: os.kill(os.getpid(), signal.SIGINT)))
+        train(cfg)
+    for file in Path(cfg.out).iterdir():
+        if file.name != "training_state.pt":
+            file.unlink()
+    go_on(cfg, eval_interval=3, save_interval=2, log_interval=1)
+    a, b = state_of(cfg), state_of(unbroken)
+    assert flat({n: a[n] for n in ("model", "optimizer")}) == flat({n: b[n] for n in ("model", "optimizer")})
+    assert list(log_of(cfg, "loss")) == [8, 9, 10, 11] and list(log_of(cfg, "val_loss")) == [9, 11]
+    assert log_of(cfg, "val_loss")[11] == log_of(unbroken, "val_loss")[11]
+    assert VisionGPT.from_pretrained(cfg.out, device="cpu")        # the best since, there being no other
+
+
+# ------------------------------------------------------------------------------------------------------------
+# whose settings rule, whose folder it is
+
+
+def test_resume_keeps_the_saved_settings(config, capsys):
+    cfg = config(max_steps=2, dropout=0.25, overwrite=True)
+    train(cfg)
+    first = state_of(cfg)
+    given = dict(resume=True, out=cfg.out)
+    again, state = settings(given)
+    assert again == dataclasses.replace(cfg, resume=True, overwrite=False) and flat(state) == flat(first)
+    assert settings({**given, "dropout": 0.25, "learning_rate": cfg.learning_rate})[0] == again
+    for name, value in dict(learning_rate=0.5, train="all", preset="mini", seed=2, data="x", blind=True).items():
+        with pytest.raises(UserError, match=f"was started with {name} .*, not .*another --out"):
+            settings({**given, name: value})
+    changed = dict(epochs=9, max_steps=4, eval_interval=3, save_interval=3, log_interval=2, num_samples=0)
+    cfg = settings({**given, **changed})[0]
+    assert {name: getattr(cfg, name) for name in changed} == changed and cfg.dropout == 0.25
+    train(*settings({**given, **changed}))
+    assert state_of(cfg)["step"] == 4 and list(log_of(cfg, "loss")) == [1, 2, 4]
+    assert capsys.readouterr().err == ""
+    train(*settings(given))                                        # it has come to its end: nothing to do
+    assert state_of(cfg)["step"] == 4 and list(log_of(cfg, "loss")) == [1, 2, 4]
+
+
+def test_resume_without_a_run_starts_and_says_so(config, capsys):
+    cfg = config(resume=True)
+    given = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "preset"}
+    again, state = settings(given)
+    assert again == cfg and state is None
+    assert "training_state.pt does not exist: starting at step 0" in capsys.readouterr().err
+    Path(cfg.out).mkdir()
+    (Path(cfg.out) / "log.jsonl").write_text('{"step": 7, "loss": 1.0}\n')       # killed before its first save
+    train(again, state)
+    assert list(log_of(cfg, "loss")) == [1]
+
+
+def test_used_folder_is_refused_resumed_or_overwritten(base, config):
+    cfg = config()
+    train(cfg)
+    first = {file.name: file.read_bytes() for file in Path(cfg.out).iterdir()}
+    with pytest.raises(UserError, match="holds a run: .*--resume.*--overwrite.*--out"):
+        train(cfg)
+    with pytest.raises(UserError, match="no prepared set"):        # a mistake costs nothing
+        train(dataclasses.replace(cfg, overwrite=True, data="nowhere"))
+    assert {file.name: file.read_bytes() for file in Path(cfg.out).iterdir()} == first
+    train(config(overwrite=True, train="all", learning_rate=1e-3))
+    made = {file.name for file in Path(cfg.out).iterdir()}
+    assert "model.safetensors" in made and "fusion.safetensors" not in made
+    assert list(log_of(cfg, "loss")) == [1] and "gpt2.wte.weight" in state_of(cfg)["model"]
+    with pytest.raises(UserError, match="give one of them"):
+        config(resume=True, overwrite=True)
+    train(config(overwrite=True, init_from=cfg.out))               # from the very run that is overwritten
+    assert checkpoint.read_config(cfg.out)["training"]["step"] == 1
+
+
+def test_second_run_in_a_folder_is_refused(config):
+    cfg = config()
+    Path(cfg.out).mkdir()
+    with open(Path(cfg.out) / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is training in .*--out"):
+            train(cfg)
+    train(cfg)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other", "code"])
+def test_damaged_training_state_is_one_line(damage, config, tmp_path):
+    cfg, ran = config(), tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self):
+            return (os.mkdir, (str(ran),))
+    train(cfg)
+    file = Path(cfg.out) / "training_state.pt"
+    whole = file.read_bytes()
+    {"cut": lambda: file.write_bytes(whole[: len(whole) // 2]), "noise": lambda: file.write_bytes(bytes(500)),
+     "empty": lambda: file.write_bytes(b""), "other": lambda: torch.save({"a": 1}, file),
+     "code": lambda: torch.save({"config": Code()}, file)}[damage]()
+    with pytest.raises(UserError, match=r"training_state.pt is damaged \(\w+\); start again with --overwrite") as e:
+        settings(dict(resume=True, out=cfg.out))
+    assert "\n" not in str(e.value) and not ran.exists()
+
+
+def test_changed_weights_or_data_are_not_resumed(base, config, tmp_path):
+    for name in ("weights", "data"):
+        shutil.copytree(base.folder / name, tmp_path / name)
+    cfg = config(weights=str(tmp_path / "weights"), data=str(tmp_path / "data"))
+    train(cfg)
+    save_backbones(captioner(seed=3, n_positions=40), tmp_path / "weights")
+    with pytest.raises(UserError, match="no longer those that the run in .* was started with"):
+        go_on(cfg)
+    cfg = config(preset="shapes", data=str(tmp_path / "data"), out=str(tmp_path / "scratch"), train="all")
+    train(cfg)
+    make_set(tmp_path / "data", tokenizer=base.model.tokenizer)
+    with pytest.raises(UserError, match="no longer those that the run in .* was started with"):
+        go_on(cfg)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what can go wrong
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_what_is_good(config):
+    cfg = config(max_steps=3, save_interval=1, eval_interval=1)
+    train(cfg)
+    file, state = Path(cfg.out) / "training_state.pt", state_of(cfg)
+    state["model"]["resampler.latents"][0, 0] = math.nan
+    torch.save(state, file)
+    kept = {f.name: f.read_bytes() for f in Path(cfg.out).iterdir() if f.suffix in (".pt", ".safetensors", ".json")}
+    with pytest.raises(UserError, match="the loss became nan at step 4; .* last good checkpoint: .*--learning-rate"):
+        go_on(cfg, max_steps=6)
+    assert {name: (Path(cfg.out) / name).read_bytes() for name in kept} == kept
+    assert list(log_of(cfg, "loss")) == [1, 2, 3]
+    assert all(p.isfinite().all() for p in VisionGPT.from_pretrained(cfg.out, device="cpu").parameters())
+
+
+@pytest.mark.parametrize("ask", [
+    lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8),
+    lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')", {"torch": torch})])
+def test_out_of_memory_names_the_flags(ask, config, monkeypatch):
+    cfg = config(batch_size=4, grad_accumulation=2)
+    flags = ["--data", cfg.data, "--weights", cfg.weights, "--out", cfg.out, "--batch-size=4", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--grad_accumulation", "2"])
+    monkeypatch.setattr(VisionGPT, "loss", lambda *args, **named: ask())
+    with pytest.raises(UserError, match=r"--batch-size \(4\) and raise --grad-accumulation \(2\)"):
+        trainer.main()
+    monkeypatch.setattr(VisionGPT, "loss", lambda *args, **named: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):                # a mistake of ours stays one
+        trainer.main()
+
+
+def test_what_is_missing_is_named_with_its_command(base, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="python prepare_flickr8k.py"):
+        train(config(data="none"))
+    with pytest.raises(UserError, match=r"none/vit.safetensors and none/gpt2.safetensors missing: "
+                                        r"run python convert_weights.py, .*--weights"):
+        train(config(weights="none"))
+    with pytest.raises(UserError, match="other.safetensors missing"):
+        train(config(vit="other.safetensors"))
+    with pytest.raises(UserError, match="none is no checkpoint folder"):
+        train(config(init_from="none"))
+    for tracker in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(UserError, match=f"pip install {tracker}"):
+            train(config(tracker=tracker))
+
+
+def test_tokens_that_are_not_gpt2s_are_an_error(base, config, tmp_path):
+    shutil.copytree(base.folder / "weights", tmp_path / "weights")
+    (tmp_path / "weights/tokenizer.json").unlink()
+    with pytest.raises(UserError, match="the tokenizer has .* tokens, the model"):
+        train(config(weights=str(tmp_path / "weights")))
+
+
+def test_too_long_a_caption_is_an_error_before_any_work(base, config, tmp_path):
+    make_set(tmp_path / "data", longest=45)
+    with pytest.raises(UserError, match=r"a caption of \d+ tokens is too long for GPT-2, which has room for 39"):
+        train(config(data=str(tmp_path / "data")))
+    assert not list((tmp_path / "data").glob("features-*"))
+
+
+@pytest.mark.parametrize("flag, value, message", [
+    ("batch_size", 0, "--batch-size is 0, but must be at least 1"), ("epochs", 0, "at least 1"),
+    ("learning_rate", math.nan, "--learning-rate is nan"), ("learning_rate", -1.0, "at least 0"),
+    ("dropout", 1.0, "--dropout is 1.0, but must be from 0 to below 1"), ("min_lr", math.inf, "--min-lr is inf"),
+    ("label_smoothing", 1.5, "below 1"), ("grad_clip", -1.0, "at least 0"), ("eval_interval", 0, "at least 1")])
+def test_settings_that_cannot_be_are_refused(flag, value, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**{flag: value})
+
+
+def test_several_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert TrainConfig()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(UserError, match="one GPU: start it with python train.py"):
+        trainer.main()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the pieces of the loop
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10)
+    rates = [learning_rate(step, 110, cfg) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert rates[35] == pytest.approx(0.1 + 0.45 * (1 + math.sqrt(0.5)))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert learning_rate(0, 10, TrainConfig(learning_rate=2.0, min_lr=0.0, warmup_steps=0)) == 2.0
+    assert learning_rate(500, 110, cfg) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("part", ["fusion", "all"])
+def test_optimizer_decays_matrices_of_what_is_trained(part, config):
+    cfg = config(train=part, weight_decay=0.3)
+    model, _ = build_model(cfg)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = make_optimizer(model, cfg).param_groups
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and not decayed & spared
+    trained = {name for name in names.values() if part == "all" or name.startswith(("resampler.", "xattn."))}
+    assert decayed | spared == trained
+    for name in decayed | spared:
+        norm = any(word in name for word in ("norm", ".ln", "ln_"))
+        matrix = name.endswith(".weight") and not norm
+        assert (name in decayed) == matrix, name
+    assert "resampler.latents" in spared and "xattn.1.ln.weight" in spared and "xattn.1.kv.weight" in decayed
+
+
+@pytest.mark.parametrize("kind", ["fusion", "all", "from fusion", "from all", "mini"])
+def test_dropout_is_only_in_what_is_trained(kind, base, config):
+    """Fine-tuning everything once had none in the backbones, which come without."""
+    start = {"init_from": str(base.folder / "fusion")} if kind.startswith("from") else {}
+    everywhere = not kind.endswith("fusion")
+    preset = dict(preset="mini") if kind == "mini" else {}
+    model, _ = build_model(config(train="all" if everywhere else "fusion", dropout=0.4, **start, **preset))
+    model.train()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            active = module.training and module.p == 0.4
+            assert active == (everywhere or name.startswith(("resampler.", "xattn."))), name
+    assert model.config.resampler.dropout == 0.4 and model.config.vit.dropout == (0.4 if everywhere else 0)
+
+
+def test_validation_is_over_targets_with_every_image_at_its_place(base, config):
+    cfg = config(train="all", init_from=str(base.folder / "complete"))
+    model, data = build_model(cfg)
+    eyes = Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+    images = data.split("train")
+    state, total, count = torch.get_rng_state(), 0.0, 0
+    model.train()
+    found = [validate(model, data, eyes, images, n, torch.no_grad) for n in (1, 3, 5, 50)]
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    model.eval()
+    with torch.no_grad():
+        for i in images:
+            batch = collate(data, np.array([i]), eyes)
+            visual = model.encode(**batch["seen"])
+            total += model.loss(batch["tokens"], visual, batch["targets"], batch["image"], reduction="sum").item()
+            count += batch["count"]
+    assert [own for own, _ in found] == pytest.approx([total / count] * 4, rel=1e-6)
+    assert all(abs(other - own) > 1e-6 for own, other in found)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what a run leaves
+
+
+def test_a_run_leaves_the_best_model_and_its_pictures(base, config, capsys):
+    """Of the fusion alone, over the frozen files; a learning rate as high as this makes later steps worse."""
+    cfg = config(max_steps=5, eval_interval=1, learning_rate=0.1, min_lr=0.1, num_samples=2)
+    best = train(cfg)
+    losses = log_of(cfg, "val_loss")
+    assert best == min(losses.values()) and losses[1] > best < losses[5]
+    out, training = Path(cfg.out), checkpoint.read_config(cfg.out)["training"]
+    assert losses[training["step"]] == best == training["val_loss"]
+    assert training["photographs"] and training["preset"] == "flickr8k" and training["data"] == cfg.data
+    names = {file.name for file in out.iterdir()}
+    assert names == {".lock", "config.json", "fusion.safetensors", "log.jsonl", "loss.png", "samples.png",
+                     "tokenizer.json", "training_state.pt"}
+    tensors = checkpoint.read_tensors(out / "fusion.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"resampler", "xattn"} and all(
+        t.dtype == torch.float32 for t in tensors.values())
+    assert set(state_of(cfg)["model"]) == set(tensors)
+    model = VisionGPT.from_pretrained(out, device="cpu")
+    data = CaptionSet(cfg.data, model.tokenizer)
+    eyes = Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+    assert validate(model, data, eyes, data.split("val"), 3, torch.no_grad)[0] == pytest.approx(best, rel=1e-6)
+    for name in ("loss.png", "samples.png"):
+        picture = Image.open(out / name)
+        assert min(picture.size) > 100 and len(picture.getcolors(1 << 24)) > 10
+    shown = capsys.readouterr().out
+    assert f"step 5: validation loss {losses[5]:.4f}, with another image" in shown
+    assert "9.jpg: " in shown and f"(reference: {base.texts[9][0]})" in shown
+
+
+@pytest.mark.parametrize("source", ["complete", "fusion"])
+@pytest.mark.parametrize("part", ["fusion", "all"])
+def test_fine_tuning_starts_from_the_model_it_is_given(source, part, base, config):
+    """With a learning rate of nothing the best model is the one it came from, kept in the same form."""
+    cfg = config(init_from=str(base.folder / source), train=part, learning_rate=0.0, min_lr=0.0, dtype="bfloat16",
+                 out=str(base.folder / f"{source}-{part}"))
+    train(cfg)
+    form = "fusion.safetensors" if source == part == "fusion" else "model.safetensors"
+    assert [file.name for file in Path(cfg.out).glob("*.safetensors")] == [form]
+    assert flat(VisionGPT.from_pretrained(cfg.out, device="cpu").state_dict()) == flat(base.model.state_dict())
+
+
+def test_bfloat16_trains_the_same_loss(base, config, tmp_path):
+    losses = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        cfg = config(dtype=dtype, max_steps=3, learning_rate=1e-3, init_from=str(base.folder / "fusion"),
+                     out=str(tmp_path / dtype), dropout=0.0)
+        train(cfg)
+        losses[dtype] = list(log_of(cfg, "loss").values())
+        assert {t.dtype for t in state_of(cfg)["model"].values()} == {torch.float32}
+    assert bool(state_of(cfg)["scaler"])                           # float16 scales its loss, and keeps the scale
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["float16"] == pytest.approx(losses["float32"], rel=0.005)
+    assert len({tuple(values) for values in losses.values()}) == 3
+
+
+def test_blind_training_sees_nothing(config):
+    cfg = config(blind=True, max_steps=2, eval_interval=1)
+    train(cfg)
+    assert log_of(cfg, "val_loss") == pytest.approx(log_of(cfg, "val_loss_shuffled"), rel=1e-6)
+    assert checkpoint.read_config(cfg.out)["training"]["blind"] is True
+
+
+def test_training_changes_nothing_global(config):
+    def state():
+        return (torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads(),
+                torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), random.getstate(),
+                np.random.get_state()[1].tolist(), torch.get_default_device(), os.getcwd(),
+                torch.backends.cuda.flash_sdp_enabled(), torch.are_deterministic_algorithms_enabled())
+    before = state()
+    train(config())
+    assert state() == before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# presets and the command line
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_settings(preset):
+    cfg, state = settings({"preset": preset, "epochs": 3})
+    assert state is None and cfg.epochs == 3 and cfg.out == f"out/{preset}"
+    for name, value in PRESETS[preset].items():
+        assert type(value) is type(getattr(TrainConfig(), name)) and (name == "epochs" or getattr(cfg, name) == value)
+    assert cfg.train == ("fusion" if preset == "flickr8k" else "all")
+
+
+def test_shapes_preset_trains_a_complete_model_and_judges_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare_shapes.prepare(prepare_shapes.ShapesConfig(train_scenes=12, eval_scenes=4, image_size=32))
+    monkeypatch.setattr(sys, "argv", "train.py --preset shapes --max-steps 2 --batch-size=4 --device cpu".split())
+    trainer.main()
+    assert "of 4 greedy captions of unseen test scenes are right in every word" in capsys.readouterr().out
+    training = checkpoint.read_config("out/shapes")["training"]
+    assert not training["photographs"] and training["data"] == "data/shapes"
+    model = VisionGPT.from_pretrained("out/shapes", device="cpu")
+    assert model.config.vit.image_size == 64 and not model.backbones and Path("out/shapes/model.safetensors").exists()
+    with pytest.raises(UserError, match="no checkpoint found"):
+        monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+        checkpoint.find_checkpoint()                               # a captioner of photographs is not at hand
+
+
+def test_mini_preset_makes_its_own_tokens(base, config):
+    cfg = config(**{**PRESETS["mini"], "preset": "mini"})
+    model, data = build_model(cfg)
+    texts = [text for i in data.split("train") for text in base.texts[i]]
+    assert data.tokenizer.ranks == model.tokenizer.ranks != CaptionSet(cfg.data).tokenizer.ranks
+    assert "".join(texts) and model.config.gpt2.vocab_size == data.tokenizer.vocab_size
+    assert model.config.gpt2.n_positions == 64 and not model.frozen
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.parse(TrainConfig, trainer.__doc__, ["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and "python train.py --preset shapes" in text
+    assert all(f"--{field.name.replace('_', '-')}" in text for field in dataclasses.fields(TrainConfig))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
+def test_training_on_a_gpu_follows_the_cpu(dtype, base, config, tmp_path):
+    losses = []
+    for device in ("cpu", "cuda"):
+        cfg = config(device=device, dtype=dtype if device == "cuda" else "float32", max_steps=4, dropout=0.0,
+                     learning_rate=1e-3, init_from=str(base.folder / "fusion"), out=str(tmp_path / device))
+        train(dataclasses.replace(cfg, max_steps=2))
+        go_on(cfg, max_steps=4)
+        losses.append(list(log_of(cfg, "loss").values()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4 if dtype == "float32" else 0.02)
