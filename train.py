@@ -415,7 +415,8 @@ def run(cfg, state, out):
         for name, p in trained.items():
             p.data.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:                                           # none where the loss was not scaled
+            scaler.load_state_dict(state["scaler"])
         step, losses = state["step"], [torch.tensor(v, device=device) for v in state.get("losses", [])]
         best = state["best"] if (out / "config.json").exists() else math.inf
     if cfg.overwrite:
@@ -519,6 +520,9 @@ def run(cfg, state, out):
             if saves and asked:                                       # if asked just now: after another step
                 say(f"stopped after step {step}; go on with the same command and --resume")
                 raise KeyboardInterrupt
+    file = out / ("fusion.safetensors" if kept else "model.safetensors")
+    if file.exists():                                                 # show the best model, not the last
+        model.load_state_dict(checkpoint.read_tensors(file), strict=False)
     finish(cfg, out, log, images, model, data, eyes, autocast)
     return best
 

@@ -1,5 +1,6 @@
-"""A prepared set makes the round trip; batches, pictures and cached features are what training thinks they are."""
+"""A prepared set makes the round trip; batches, pictures and cached features are what they should be."""
 
+import copy
 import fcntl
 import os
 import shutil
@@ -201,7 +202,7 @@ def test_augment_crops_inside_and_flips():
     assert out.shape == (B, 32, 32, 3) and out.dtype == torch.uint8
     assert torch.equal(out, augment(pixels, 32, np.random.default_rng(3)))
     assert not torch.equal(out, augment(pixels, 32, np.random.default_rng(4)))
-    x, y = out[:, 16, :, 0].float() / 4, out[:, :, 16, 1].float() / 4          # where each column and row lies
+    x, y = out[:, 16, :, 0].float() / 4, out[:, :, 16, 1].float() / 4   # where each column and row lies
     flipped = x[:, -1] < x[:, 0]
     assert 0.4 < flipped.float().mean() < 0.6
     x = torch.where(flipped[:, None], x.flip(1), x)
@@ -272,10 +273,9 @@ def eye(prepared, tmp_path):
 
     def compute(vit=vit, dtype=torch.float32, batch_size=4):
         before = set(folder.glob("features-*"))
-        digest = checkpoint.sha256(vit.state_dict())
-        vit = vit.to(dtype)
-        features = cached_features(vit, CaptionSet(str(folder)), digest, torch.device("cpu"), dtype, batch_size)
-        vit.float()
+        digest, data = checkpoint.sha256(vit.state_dict()), CaptionSet(str(folder))
+        vit = copy.deepcopy(vit).to(dtype)
+        features = cached_features(vit, data, digest, torch.device("cpu"), dtype, batch_size)
         return np.array(features), [p for p in folder.glob("features-*") if p not in before]
 
     return SimpleNamespace(folder=folder, vit=vit, compute=compute)
