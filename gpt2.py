@@ -114,11 +114,12 @@ class GPT2(nn.Module):
         self.apply(self._init)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):       # GPT-2's rule: residual branches start smaller in deeper models
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(p, std=(2 * config.n_layer * config.n_embd) ** -0.5)
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            # not GPT-2's 0.02, which leaves models narrower than 768 next to silent for a long time
+            nn.init.normal_(module.weight, std=self.config.n_embd**-0.5)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 

@@ -11,9 +11,7 @@ import functools
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from gpt2 import GPT2Config
 from metrics import judge
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
+from runs import MADE, Log, peak_memory, run_folder, stop_signal
 from tokenizer import Tokenizer
 from vit import ViTConfig
 
@@ -98,22 +97,22 @@ PRESETS = {
     "flickr8k": {},
     "mini": dict(train="all", batch_size=64, epochs=60, learning_rate=1e-3, min_lr=1e-5, warmup_steps=200,
                  weight_decay=0.05, dropout=0.1, label_smoothing=0.1, augment=True),
-    "shapes": dict(data="data/shapes", train="all", batch_size=32, epochs=8, learning_rate=1e-3, min_lr=1e-5,
-                   dropout=0.0, eval_images=100),
+    "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=4, learning_rate=1e-3, min_lr=1e-5,
+                   dropout=0.0, eval_interval=1000, eval_images=200, save_interval=500, log_interval=100),
 }
 # may differ between a run and its --resume; the first two move the end of the learning rate's cosine
 RESUMABLE = ("epochs", "max_steps", "eval_interval", "save_interval", "log_interval", "device", "compile",
              "tracker", "num_samples", "resume")
-# what is worth keeping of a run, so that a new one must not find it
-MADE = ("training_state.pt", "config.json", "fusion.safetensors", "model.safetensors")
 
 
 def scratch_config(preset, vocab_size, n_positions):
     """The small models that are trained from scratch, by preset."""
     if preset == "shapes":
-        vit = ViTConfig(image_size=64, patch_size=8, n_layer=4, n_head=4, n_embd=128, n_mlp=256)
-        gpt2 = GPT2Config(n_layer=4, n_head=4, n_embd=128)
-        resampler = ResamplerConfig(n_latent=16, n_layer=2, n_head=4, head_width=32, n_mlp=256)
+        # a patch holds a cell of the drawing; mean and std make the pale ground nearly zero
+        vit = ViTConfig(image_size=96, patch_size=32, n_layer=2, n_head=4, n_embd=128, n_mlp=256,
+                        mean=(0.92,) * 3, std=(0.3,) * 3)
+        gpt2 = GPT2Config(n_layer=3, n_head=4, n_embd=128)
+        resampler = ResamplerConfig(n_latent=16, n_layer=1, n_head=4, head_width=32, n_mlp=256)
     else:
         vit = ViTConfig(image_size=128, patch_size=16, n_layer=6, n_head=4, n_embd=256, n_mlp=512)
         gpt2 = GPT2Config(n_layer=3, n_head=4, n_embd=256)
@@ -180,24 +179,6 @@ def write_captions(model, data, eyes, images, autocast):
 
 # ------------------------------------------------------------------------------------------------------------
 # the run
-
-
-@contextlib.contextmanager
-def run_folder(cfg):
-    """The checkpoint folder, this run's alone within the context.
-
-    Raises UserError when another run is in it, or when it holds one that is neither resumed nor overwritten.
-    """
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        cli.lock(file, f"another run is training in {out}; wait for it, or name another folder with --out")
-        if any((out / name).exists() for name in MADE) and not (cfg.resume or cfg.overwrite):
-            raise UserError(f"{out} holds a run: go on with --resume, throw it away with --overwrite, "
-                            f"or name another --out")
-        for rest in out.glob("*.tmp"):                                # of a run killed while it was writing
-            rest.unlink()
-        yield out
 
 
 def settings(given):
@@ -278,78 +259,7 @@ def check_lengths(data, model):
                         f"{text[:60]!r}...; shorten it and prepare the set again")
 
 
-def peak_memory(device):
-    """Gigabytes: allocated on the GPU, else resident in this process, at most so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:                                               # Windows does not tell
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 say = functools.partial(print, flush=True)
-
-
-class Log:
-    """log.jsonl, a JSON object a line, cut back to the step from which the run goes on; and a tracker."""
-
-    def __init__(self, file, step, cfg):
-        self.rows, self.send = [], None
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                self.rows.append(json.loads(line))
-            except ValueError:                                        # the run was killed while it wrote
-                break
-        self.rows = [row for row in self.rows if row["step"] <= step]
-        with cli.atomic(file) as temporary:
-            Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.file = open(file, "a")
-        try:
-            if cfg.tracker == "wandb":
-                import wandb
-                run = wandb.init(project="vision-gpt", config=dataclasses.asdict(cfg), resume="allow")
-                self.send = lambda step, values: run.log(values, step=step)
-            elif cfg.tracker == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-                writer = SummaryWriter(cfg.out)
-                self.send = lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
-        except ImportError:
-            raise UserError(f"--tracker {cfg.tracker} needs: pip install {cfg.tracker}") from None
-
-    def write(self, step, **values):
-        self.rows.append({"step": step, **values})
-        self.file.write(json.dumps(self.rows[-1]) + "\n")
-        self.file.flush()
-        if self.send:
-            self.send(step, values)
-
-    def curve(self, name):
-        return [(row["step"], row[name]) for row in self.rows if name in row]
-
-
-@contextlib.contextmanager
-def stop_signal():
-    """Within it, Ctrl-C and SIGTERM only fill the list it gives, so that the step is finished and saved.
-
-    A second one stops at once.
-    """
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    main = threading.current_thread() is threading.main_thread()      # elsewhere signals cannot be handled
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def finish(cfg, out, log, images, model, data, eyes, autocast):

@@ -110,12 +110,14 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(C, eps=config.eps) if config.final_norm else nn.Identity()
         self.head = nn.Linear(C, config.n_class) if config.n_class else None
         self.apply(self._init)
-        for p in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(p, std=0.02)
+        nn.init.normal_(self.cls_token, std=C**-0.5)
+        # positions start louder than contents: what is learned from scratch must first tell where things are
+        nn.init.normal_(self.pos_embed, std=3.0)
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=fan_in**-0.5)
             nn.init.zeros_(module.bias)
 
     def forward(self, images):

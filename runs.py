@@ -1,0 +1,106 @@
+"""What a training run does besides computing: its folder, its log, stopping on a signal, memory in use."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+import cli
+from cli import UserError
+
+# what is worth keeping of a run, so that a new one must not find it
+MADE = ("training_state.pt", "config.json", "fusion.safetensors", "model.safetensors")
+
+
+@contextlib.contextmanager
+def run_folder(cfg):
+    """The checkpoint folder, this run's alone within the context.
+
+    Raises UserError when another run is in it, or when it holds one that is neither resumed nor overwritten.
+    """
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        cli.lock(file, f"another run is training in {out}; wait for it, or name another folder with --out")
+        if any((out / name).exists() for name in MADE) and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"{out} holds a run: go on with --resume, throw it away with --overwrite, "
+                            f"or name another --out")
+        for rest in out.glob("*.tmp"):                                # of a run killed while it was writing
+            rest.unlink()
+        yield out
+
+
+class Log:
+    """log.jsonl, a JSON object a line, cut back to the step from which the run goes on; and a tracker."""
+
+    def __init__(self, file, step, cfg):
+        self.rows, self.send = [], None
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                self.rows.append(json.loads(line))
+            except ValueError:                                        # the run was killed while it wrote
+                break
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        with cli.atomic(file) as temporary:
+            Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.file = open(file, "a")
+        try:
+            if cfg.tracker == "wandb":
+                import wandb
+                run = wandb.init(project="vision-gpt", config=dataclasses.asdict(cfg), resume="allow")
+                self.send = lambda step, values: run.log(values, step=step)
+            elif cfg.tracker == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(cfg.out)
+                self.send = lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
+        except ImportError:
+            raise UserError(f"--tracker {cfg.tracker} needs: pip install {cfg.tracker}") from None
+
+    def write(self, step, **values):
+        self.rows.append({"step": step, **values})
+        self.file.write(json.dumps(self.rows[-1]) + "\n")
+        self.file.flush()
+        if self.send:
+            self.send(step, values)
+
+    def curve(self, name):
+        return [(row["step"], row[name]) for row in self.rows if name in row]
+
+
+@contextlib.contextmanager
+def stop_signal():
+    """Within it, Ctrl-C and SIGTERM only fill the list it gives, so that the step is finished and saved.
+
+    A second one stops at once.
+    """
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    main = threading.current_thread() is threading.main_thread()      # elsewhere signals cannot be handled
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory(device):
+    """Gigabytes: allocated on the GPU, else resident in this process, at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:                                               # Windows does not tell
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

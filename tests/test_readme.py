@@ -1,0 +1,76 @@
+"""Every command in the README runs as printed: long ones shortened, those that need the network or a GPU as --help."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+INLINE = re.findall(r"`(python \S+\.py[^`]*)`", TEXT)
+COMMANDS = sorted({part.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()
+                   for part in line.split("&&")} | set(INLINE) - {""})
+SCRIPTS = sorted({c for c in COMMANDS if c.startswith("python ") and "-m pytest" not in c})
+
+
+def run(arguments, folder):
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+
+
+def test_readme_names_only_known_programs():
+    assert len(SCRIPTS) >= 8
+    for command in COMMANDS:
+        assert command.startswith(("python ", "pip install -r requirements")), command
+
+
+SETTINGS = {"prepare_flickr8k.py": "PrepareConfig", "convert_weights.py": "ConvertConfig", "train.py": "TrainConfig",
+            "sample.py": "SampleConfig", "evaluate.py": "EvaluateConfig"}
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_readme_command_has_flags_and_values_that_exist(command):
+    _, script, *arguments = command.split()
+    module = importlib.import_module(script.removesuffix(".py"))
+    given = cli.parse(getattr(module, SETTINGS[script]), "", arguments)
+    assert len(given) >= sum(a.startswith("--") for a in arguments)
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_readme_script_explains_itself(script):
+    done = run([script, "--help"], ROOT)
+    assert done.returncode == 0 and f"python {script}" in done.stdout, done.stderr
+
+
+def test_readme_shapes_run_trains_and_captions(tmp_path):
+    """The command that works out of the box, three steps of it, and then a caption from what it wrote."""
+    (command,) = [c for c in SCRIPTS if "--preset shapes" in c]
+    data = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    from prepare_shapes import ShapesConfig, prepare
+    prepare(ShapesConfig(out=data[1], train_scenes=40, eval_scenes=8))
+    done = run([str(ROOT / command.split()[1]), *command.split()[2:], *data, "--max-steps", "3"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "right in every word" in done.stdout.splitlines()[-1]
+    picture = tmp_path / "run" / "samples.png"
+    done = run([str(ROOT / "sample.py"), str(picture), "--checkpoint", str(tmp_path / "run")], tmp_path)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
+
+
+def test_readme_python_names_exist():
+    from model import VisionGPT
+    (snippet,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    for name in re.findall(r"(?:VisionGPT|model)\.(\w+)\(", snippet):
+        assert hasattr(VisionGPT, name), name
+
+
+def test_readme_map_lists_every_module():
+    listed = set(re.findall(r"`(\w+\.py)`", TEXT))
+    assert {p.name for p in ROOT.glob("*.py")} <= listed
+    assert len(TEXT.splitlines()) <= 150
