@@ -109,15 +109,15 @@ def captions(scene):
 def draw(scene, size, rng):
     """The picture (size, size, 3) uint8 of a scene: flat colours with dark outlines on a pale ground."""
     scale = 4 * size                                 # drawn four times as large, then averaged
-    image = Image.new("RGB", (scale, scale), tuple(rng.randint(222, 255) for _ in range(3)))
+    image = Image.new("RGB", (scale, scale), (rng.randint(232, 252),) * 3)
     canvas = ImageDraw.Draw(image)
     for o in scene["objects"]:
         x, y, width = (scale * v for v in (o["x"], o["y"], SIZES[o["size"]]))
         corners, colour = SHAPES[o["shape"]], COLOURS[o["colour"]]
         if corners is None:
-            canvas.circle((x, y), width / 2, fill=colour, outline=OUTLINE, width=scale // 40)
+            canvas.circle((x, y), width / 2, fill=colour, outline=OUTLINE, width=scale // 60)
         else:
-            canvas.polygon([(x + width * u, y + width * v) for u, v in corners], fill=colour, outline=OUTLINE, width=scale // 40)
+            canvas.polygon([(x + width * u, y + width * v) for u, v in corners], fill=colour, outline=OUTLINE, width=scale // 60)
     return np.asarray(image.reduce(4))
 
 

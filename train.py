@@ -97,7 +97,7 @@ PRESETS = {
     "flickr8k": {},
     "mini": dict(train="all", batch_size=64, epochs=60, learning_rate=1e-3, min_lr=1e-5, warmup_steps=200,
                  weight_decay=0.05, dropout=0.1, label_smoothing=0.1, augment=True),
-    "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=4, learning_rate=1e-3, min_lr=1e-5,
+    "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=3, learning_rate=1e-3, min_lr=1e-5,
                    dropout=0.0, eval_interval=1000, eval_images=200, save_interval=500, log_interval=100),
 }
 # may differ between a run and its --resume; the first two move the end of the learning rate's cosine
