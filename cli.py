@@ -1,4 +1,4 @@
-"""What the scripts share: flags made from a dataclass, the user's error, progress, atomic files, device and dtype."""
+"""What the scripts share: flags from a dataclass, the user's error, progress, files, device and dtype."""
 
 import argparse
 import contextlib
@@ -14,14 +14,15 @@ class UserError(ValueError):
     """Something the caller can mend: one readable sentence that says what is wrong and what to do."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # flags
 
 
 def flag(default, help, choices=None, metavar=None, positional=False, const=None):
-    """A dataclass field that is also a command-line flag; a callable default (list, dict) is called for each instance.
+    """A dataclass field that is also a command-line flag.
 
-    With `const` the flag may come without a value, and then means `const`.
+    A callable default (list, dict) is called for each instance. With `const` the flag may come without a
+    value, and then means `const`.
     """
     metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional, const=const)
     kind = {"default_factory": default} if callable(default) else {"default": default}
@@ -48,7 +49,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             choices = [str(c) for c in action.choices]
-            raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
+            meant = nearest(value, choices)
+            raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(choices)}{meant}")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -61,7 +63,7 @@ def nearest(word, known):
 
 
 def parse(config_class, description, args=None):
-    """Read the command line into a dict of the fields of `config_class` that were given; the rest keep their defaults."""
+    """Read the command line into a dict of the fields of `config_class` that were given, and no others."""
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     types = typing.get_type_hints(config_class)
@@ -82,15 +84,17 @@ def parse(config_class, description, args=None):
         if base is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         elif meta["const"] is not None:
-            parser.add_argument(option, type=base, nargs="?", const=meta["const"], help=text, metavar=meta["metavar"])
+            parser.add_argument(option, type=base, nargs="?", const=meta["const"],
+                                help=text, metavar=meta["metavar"])
         else:
-            parser.add_argument(option, type=base, action="extend" if is_list else "store", help=text,
-                                nargs="+" if is_list else None, choices=meta["choices"], metavar=meta["metavar"])
+            parser.add_argument(option, type=base, action="extend" if is_list else "store",
+                                nargs="+" if is_list else None, choices=meta["choices"],
+                                help=text, metavar=meta["metavar"])
     return vars(parser.parse_args(args))
 
 
 def run(main):
-    """Call `main()` and end the way a user expects: what the user can mend is one line on stderr and exit status 1."""
+    """Call `main()` and exit; what the user can mend is one line on stderr and exit status 1."""
     try:
         status = main()
         sys.stdout.flush()
@@ -106,7 +110,7 @@ def run(main):
         sys.exit(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # progress and files
 
 
@@ -120,7 +124,8 @@ def progress(items, label, total=None, unit=""):
         if done and now - start > 2 and now - last > (0.2 if live else 10):
             left = (total - done) * (now - start) / done
             before, after = ("\r", " ") if live else ("", "\n")
-            print(f"{before}{label} {done}/{total}{unit}, {clock(left)} left", end=after, file=sys.stderr, flush=True)
+            print(f"{before}{label} {done}/{total}{unit}, {clock(left)} left", end=after,
+                  file=sys.stderr, flush=True)
             last, shown = now, True
         yield item
     if shown and live:
@@ -132,12 +137,13 @@ def clock(seconds):
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
-    return f"{seconds // 60}:{seconds % 60:02} min" if seconds < 3600 else f"{seconds // 3600}:{seconds // 60 % 60:02} h"
+    minutes = seconds // 60
+    return f"{minutes}:{seconds % 60:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; rename it there when the block ends well, remove it when it does not."""
+    """Yield a temporary path beside `path`; rename it there if the block ends well, else remove it."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
@@ -148,7 +154,7 @@ def atomic(path):
 
 
 def lock(file, refusal):
-    """Hold an open file for this process alone until it is closed; raises UserError(refusal) when another holds it."""
+    """Hold an open file for this process alone until closed. Raises UserError(refusal) if another does."""
     try:
         import fcntl
     except ImportError:                          # Windows has no flock
@@ -159,7 +165,7 @@ def lock(file, refusal):
         raise UserError(refusal) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # device and dtype
 
 DTYPES = ["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]

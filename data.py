@@ -1,4 +1,4 @@
-"""The prepared set: pictures as raw bytes, captions as tokens; written by prepare scripts, read by training."""
+"""The prepared set, pictures as raw bytes, captions as tokens: written by prepare scripts, read by train."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from cli import UserError
 from tokenizer import Tokenizer, pad_captions
 from vit import normalize, resize
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # writing a prepared set
 
 FORMAT_VERSION = 1
@@ -92,14 +92,14 @@ def write_json(path, value):
         json.dump(value, file, indent=0)      # ASCII escapes: a lone surrogate in a text or name must survive
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading a prepared set
 
 class CaptionSet:
     """A prepared set: `images` (N, S, S, 3) uint8, memory-mapped; `captions`, texts; `splits`, image indices.
 
-    Caption c has the tokens tokens[offset[c]:offset[c + 1]] and shows image image_of[c]. `tokenizer`, if it is
-    not the set's, encodes the captions anew. Raises UserError when `folder` holds no complete set.
+    Caption c has the tokens tokens[offset[c]:offset[c + 1]] and shows image image_of[c]. `tokenizer`, if
+    it is not the set's, encodes the captions anew. Raises UserError when `folder` holds no complete set.
     """
 
     def __init__(self, folder, tokenizer=None):
@@ -185,8 +185,7 @@ def batches(data, images, batch_size, seed, epoch):
 
 def image_hash(data):
     """SHA-256 of images.bin."""
-    with open(os.path.join(data.folder, "images.bin"), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(data.images).hexdigest()
 
 
 def cached_features(vit, data, vit_hash, device, dtype, batch_size=32):
@@ -218,12 +217,12 @@ def cached_features(vit, data, vit_hash, device, dtype, batch_size=32):
     return np.memmap(file, np.float16, "c").reshape(N, config.n_patch, config.n_embd)   # "r" makes torch warn
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # batches
 
 
 def augment(pixels, size, rng):
-    """Random crops of 50-100 % of the area, half of them flipped: uint8 (B, S, S, 3) -> (B, size, size, 3)."""
+    """Random crops of 50-100 % of the area, half flipped: uint8 (B, S, S, 3) -> (B, size, size, 3)."""
     out, S = [], pixels.shape[1]
     for picture in pixels:
         area, aspect = rng.uniform(0.5, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))

@@ -1,7 +1,9 @@
-"""Greedy decoding, sampling and beam search over a step function. Letters: B prompts, G rows (beams) a prompt, V vocabulary.
+"""Greedy decoding, sampling and beam search over a step function.
 
-`step(tokens)` takes the newest tokens (R, T) and returns the logits (R, V) of what follows; `select(rows)` makes row i go
-on from what was row rows[i]. Row b * G + g is the g-th continuation of prompt b.
+`step(tokens)` takes the newest tokens (R, T) and returns the logits (R, V) of what follows; `select(rows)`
+makes row i go on from what was row rows[i]. Row b * G + g is the g-th continuation of prompt b.
+
+Letters: B prompts, G rows (beams) a prompt, R rows, T text positions, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -26,18 +28,20 @@ class DecodingConfig:
     max_length: int = flag(50, "most new tokens, end token counted")
 
     def __post_init__(self):
-        at_least = dict(num_beams=1, repetition_penalty=1e-9, no_repeat_ngram=0, num_return_sequences=1, min_length=0,
-                        max_length=1)
-        for name, low in {**at_least, "temperature": 0, "top_k": 1, "top_p": 1e-9}.items():
+        at_least = dict(num_beams=1, temperature=0, top_k=1, top_p=1e-9, repetition_penalty=1e-9,
+                        no_repeat_ngram=0, num_return_sequences=1, min_length=0, max_length=1)
+        for name, low in at_least.items():
             value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise UserError(f"{name} is {value}, but must be {'above 0' if low == 1e-9 else f'at least {low}'}")
+            if value is not None and not value >= low:                       # nan is refused too
+                limit = "above 0" if low == 1e-9 else f"at least {low}"
+                raise UserError(f"{name} is {value}, but must be {limit}")
         if self.top_p is not None and self.top_p > 1:
             raise UserError(f"top_p is {self.top_p}, but is a probability: at most 1")
         if self.min_length > self.max_length:
             raise UserError(f"min_length {self.min_length} is more than max_length {self.max_length}")
         if self.samples and self.num_beams > 1:
-            raise UserError("beam search does not sample: give num_beams, or temperature, top_k and top_p, not both")
+            raise UserError("beam search does not sample: give num_beams, or temperature, top_k and top_p, "
+                            "not both")
         if not self.samples and self.num_return_sequences > self.num_beams:
             raise UserError(f"num_return_sequences {self.num_return_sequences} needs as many num_beams "
                             f"({self.num_beams} given), or sampling (temperature, top_k, top_p)")
@@ -51,8 +55,8 @@ class DecodingConfig:
 def decode(step, select, start, config, end, generator=None):
     """Continue each row of `start` (B, T0), whose first token is the start token.
 
-    Returns B * num_return_sequences lists of new tokens without the end token, prompt after prompt, and their scores,
-    log-probability / length**length_penalty, where the end token counts in both and length is that of the new tokens.
+    Returns B * num_return_sequences lists of new tokens without the end token, prompt after prompt, and
+    their scores, log-probability / length**length_penalty, of the new tokens and the end token.
     """
     search = beam_search if config.num_beams > 1 else follow
     return search(step, select, start, config, end, generator)
@@ -65,7 +69,7 @@ def follow(step, select, start, config, end, generator):
     if len(widen) > len(start):
         select(widen)
         logits = logits[widen]
-    text = start[widen]                                                          # (R, T)
+    text = start[widen]                                                      # (R, T)
     done = torch.zeros(len(text), dtype=torch.bool, device=text.device)
     total = torch.zeros(len(text), device=text.device)
     length = torch.zeros(len(text), dtype=torch.long, device=text.device)
@@ -75,8 +79,7 @@ def follow(step, select, start, config, end, generator):
         logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
         total += logprob.masked_fill(done, 0)
         length += ~done
-        token = token.masked_fill(done, end)                                     # a finished row idles on the end token
-        text = torch.cat([text, token[:, None]], dim=1)
+        text = torch.cat([text, token[:, None]], dim=1)                  # a finished row goes on, and is cut
         done |= token == end
         if new == config.max_length or (ask_now(text.device, new) and done.all()):
             break
@@ -87,17 +90,17 @@ def follow(step, select, start, config, end, generator):
 def beam_search(step, select, start, config, end, generator=None):
     """Keeps the G likeliest unfinished texts of each prompt; every one of them may end at every step.
 
-    Stops when no unfinished text can still beat the G best finished ones, or at max_length, where texts are cut.
+    Stops when no unfinished text can still beat the G best finished ones, or cuts them at max_length.
     """
     B, G, L, device = len(start), config.num_beams, config.max_length, start.device
-    logits = step(start)                                                         # (B, V)
+    logits = step(start)                                                     # (B, V)
     rows = torch.arange(B, device=device).repeat_interleave(G)
     select(rows)
     logits, prompt = logits[rows], start[rows]
-    live = torch.full((B, G), -torch.inf, device=device)                         # log-probabilities of the beams
-    live[:, 0] = 0                                                               # as yet all beams are the same
-    text = torch.full((B * G, L), end, device=device)                            # new tokens, then end tokens
-    best = torch.full((B, G), -torch.inf, device=device)                         # scores of the finished texts
+    live = torch.full((B, G), -torch.inf, device=device)                     # log-probabilities of the beams
+    live[:, 0] = 0                                                           # as yet all beams are the same
+    text = torch.full((B * G, L), end, device=device)                        # new tokens, then end tokens
+    best = torch.full((B, G), -torch.inf, device=device)                     # scores of the finished texts
     best_text = text.view(B, G, L).clone()
 
     def finish(logprob, length):
@@ -109,10 +112,10 @@ def beam_search(step, select, start, config, end, generator=None):
 
     for new in range(1, L + 1):
         logits = adjust(logits.float(), torch.cat([prompt, text[:, : new - 1]], dim=1), config, end, new)
-        total = live.view(-1, 1) - logits.logsumexp(-1, keepdim=True)            # add a logit: the new log-probability
+        total = live.view(-1, 1) - logits.logsumexp(-1, keepdim=True)        # plus a logit: log-probability
         finish((total + logits[:, end : end + 1]).view(B, G), new)
         logits[:, end] = -torch.inf
-        likeliest, token = logits.topk(min(G, logits.shape[-1]))                 # (R, K)
+        likeliest, token = logits.topk(min(G, logits.shape[-1]))             # (R, K)
         K = token.shape[1]
         live, choice = (likeliest + total).view(B, G * K).topk(G)
         rows = (torch.arange(B, device=device)[:, None] * G + choice // K).flatten()
@@ -132,7 +135,7 @@ def beam_search(step, select, start, config, end, generator=None):
 
 
 def ask_now(device, new):
-    """Asking a GPU whether all rows are done makes the host wait for it, so it is asked at every eighth token only."""
+    """Asking a GPU whether all rows are done makes the host wait for it: only at every eighth token."""
     return device.type == "cpu" or new % 8 == 0
 
 
@@ -142,24 +145,22 @@ def cut(texts, end):
 
 
 def adjust(logits, text, config, end, new):
-    """Apply penalties and bans to logits (R, V) of the `new`-th token after `text` (R, T); the end token is spared.
+    """Penalties and bans, in place, on logits (R, V) of the `new`-th token after `text` (R, T).
 
-    Repetition penalty of Keskar et al. 2019 (CTRL). The start token, text[:, 0], counts for neither.
+    Repetition penalty of Keskar et al. 2019 (CTRL). The end token, which is the start token too, is spared.
     """
-    written = text[:, 1:]
     end_logit = logits[:, end].clone()
-    if config.repetition_penalty != 1 and written.shape[1]:
-        held = logits.gather(1, written)
+    if config.repetition_penalty != 1:
+        held = logits.gather(1, text)
         p = config.repetition_penalty
-        logits = logits.scatter(1, written, torch.where(held > 0, held / p, held * p))
+        logits.scatter_(1, text, torch.where(held > 0, held / p, held * p))
     n = config.no_repeat_ngram
-    if n and written.shape[1] >= n:
-        grams = written.unfold(1, n, 1)                                          # (R, M, n): all n-grams so far
-        tail = written[:, written.shape[1] - n + 1 :]                            # (R, n - 1): what the next would complete
-        seen = (grams[:, :, :-1] == tail[:, None]).all(-1)                       # (R, M)
+    if n and text.shape[1] >= n:
+        grams = text.unfold(1, n, 1)                                         # (R, M, n): all n-grams so far
+        tail = text[:, text.shape[1] - n + 1 :]                              # (R, n - 1): the next ends it
+        seen = (grams[:, :, :-1] == tail[:, None]).all(-1)                   # (R, M)
         ban = torch.where(seen, -torch.inf, torch.inf)
-        logits = logits.scatter_reduce(1, grams[:, :, -1], ban, "amin")
-    logits = logits.clone()
+        logits.scatter_reduce_(1, grams[:, :, -1], ban, "amin")
     logits[:, end] = end_logit if new > config.min_length else -torch.inf
     return logits
 
@@ -173,7 +174,8 @@ def sample(logits, config, generator):
     if config.top_p is not None:
         ordered, index = logits.sort(descending=True)
         probability = ordered.softmax(-1)
-        ordered[probability.cumsum(-1) - probability >= config.top_p] = -torch.inf   # keeps the one that crosses top_p
+        before = probability.cumsum(-1) - probability                        # the one crossing top_p stays
+        ordered[before >= config.top_p] = -torch.inf
         logits = logits.scatter(1, index, ordered)
     probability = logits.softmax(-1)
     return torch.multinomial(probability.to(generator.device if generator else logits.device), 1,

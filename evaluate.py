@@ -79,7 +79,7 @@ class EvaluateConfig(DecodingConfig):
             figures.picture_format(self.grid)
 
 
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # captions: a model's, or those in a file
 
 
@@ -90,14 +90,14 @@ def caption(model, data, images, seen, config, blind=False):
     Returns the texts and a dict: loss and perplexity of all reference captions of `images`, under the
     same looks, share of captions that came to an end, speed. Raises UserError when the loss overflows.
     """
-    vit, prompt = model.config.vit, model._tokenizer().encode(config.prompt)
+    vit, prompt = model.config.vit, model.need_tokenizer().encode(config.prompt)
     generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
     texts, ended, loss, count, seconds = [], 0, 0.0, 0, 0.0
     for start in cli.progress(range(0, len(images), config.batch_size), "captioning: batch"):
         part, began = slice(start, start + config.batch_size), time.monotonic()
         pictures = normalize(read_pixels(data, seen[part], vit.image_size), vit).to(model.device)
         visual = model.encode(torch.zeros_like(pictures) if blind else pictures)
-        rows, _ = model.generate_tokens(visual, config, prompt, generator)
+        rows, _ = model.generate_tokens(config, prompt, visual=visual, generator=generator)
         seconds += time.monotonic() - began                          # of captioning alone, without the loss
         texts += [model.tokenizer.decode(prompt + row).strip() for row in rows]
         ended += sum(len(row) < config.max_length for row in rows)   # the end token counts there, but is cut
@@ -116,7 +116,7 @@ def run_model(config):
     folder = config.checkpoint or checkpoint.find_checkpoint()
     trained = checkpoint.read_config(folder).get("training") or {}
     model = VisionGPT.from_pretrained(folder, config.device, cli.pick_dtype(config.dtype), config.weights)
-    data = CaptionSet(config.data or trained.get("data") or DATA, model._tokenizer())
+    data = CaptionSet(config.data or trained.get("data") or DATA, model.need_tokenizer())
     images = data.split(config.split)[: config.limit or None]
     if config.shuffle_images and len(images) < 2:
         raise UserError("--shuffle-images needs at least two images")
@@ -176,7 +176,7 @@ def read_predictions(config):
     return data, images, {"real": ([texts[i] for i in images], {})}
 
 
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scores
 
 

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019) with OpenAI's parameter names, and its key/value cache. Knows nothing of images.
+"""GPT-2 (Radford et al. 2019) with OpenAI's parameter names; its key/value cache. Knows nothing of images.
 
 Letters: R rows of text, T text positions, C width, H heads, D head width.
 """
@@ -54,7 +54,7 @@ class KVCache:
         """Row i goes on from what was row rows[i]: follows the beams, or widens one row to several."""
         if len(rows) != self.k.shape[1]:
             self.k, self.v = self.k[:, rows], self.v[:, rows]
-        elif rows.device.type != "cpu" or rows.tolist() != list(range(len(rows))):     # beams seldom change order
+        elif rows.device.type != "cpu" or rows.tolist() != list(range(len(rows))):   # beams seldom move
             for held in (self.k[..., : self.length, :], self.v[..., : self.length, :]):
                 held.copy_(held[:, rows])
 
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         R, T, C = x.shape
         q, k, v = self.c_attn(x).view(R, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # 3 x (R, H, T, D)
         if cache is not None:
-            assert T == 1 or cache.length == 0, "SDPA's causal mask is aligned top-left: one token, or the first ones"
+            assert T == 1 or cache.length == 0, "one token, or the first: SDPA's causal mask is top-left"
             k, v = cache.append(layer, k, v)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         return self.c_proj(x.transpose(1, 2).reshape(R, T, C))
@@ -113,7 +113,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.eps)
         self.apply(self._init)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):       # GPT-2's rule: residual branches start smaller in deeper models
+            if name.endswith("c_proj.weight"):   # GPT-2's rule: residual branches start smaller if deeper
                 nn.init.normal_(p, std=(2 * config.n_layer * config.n_embd) ** -0.5)
 
     def _init(self, module):
@@ -124,10 +124,11 @@ class GPT2(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, tokens, start=0):
-        """Tokens (R, T) at positions start, start + 1, ... -> (R, T, C). Raises UserError past the last position."""
-        if start + tokens.shape[1] > self.config.n_positions:
-            raise UserError(f"{start + tokens.shape[1]} tokens are more than GPT-2's {self.config.n_positions} positions")
-        return self.wte(tokens) + self.wpe.weight[start : start + tokens.shape[1]]
+        """Tokens (R, T) at positions start, start + 1 ... -> (R, T, C). Raises UserError past the last."""
+        end, last = start + tokens.shape[1], self.config.n_positions
+        if end > last:
+            raise UserError(f"{end} tokens are more than GPT-2's {last} positions")
+        return self.wte(tokens) + self.wpe.weight[start:end]
 
     def logits(self, x):
         """Hidden states (..., C) after the last block -> logits (..., vocabulary)."""
@@ -143,5 +144,5 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, file):
-        """The GPT-2 in a file written by convert_weights.py. Raises UserError when it is missing, damaged or no GPT-2."""
+        """The GPT-2 in a file of convert_weights.py. Raises UserError if missing, damaged or no GPT-2."""
         return checkpoint.load_module(cls, GPT2Config, file)

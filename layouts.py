@@ -48,7 +48,7 @@ class Caption(typing.NamedTuple):
     file: str = ""                # where it was read, if that name may tell the split
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
@@ -150,7 +150,7 @@ def same_end(image, files):
     return fits[max(fits)] if fits else []
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # captions
 
 
@@ -221,7 +221,8 @@ def from_json(text, name, broken):
                     broken.append(f"{name} image_id {note['image_id']}")
         else:
             for image in content["images"]:
-                path, split = f"{image.get('filepath', '')}/{image['filename']}", str(image.get("split") or "")
+                path = f"{image.get('filepath', '')}/{image['filename']}"
+                split = str(image.get("split") or "")
                 for sentence in image["sentences"]:
                     yield Caption(path, sentence["raw"], split, image.get("cocoid"), name)
     except json.JSONDecodeError as error:

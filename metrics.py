@@ -78,8 +78,8 @@ def _token_pattern():
 
 TOKEN = _token_pattern()
 SPELLED = str.maketrans({
-    "\u00ad": None, **dict.fromkeys("–—―", " -- "), **dict.fromkeys("“”«»‘‛‹›", '"'), "…": " ... ",
-    "£": " # ", "€": " $ ", "¤": " $ ", "¢": " cents ",
+    "\u00ad": None, **dict.fromkeys("–—―", " -- "), **dict.fromkeys("“”«»‘‛‹›", '"'),
+    "…": " ... ", "£": " # ", "€": " $ ", "¤": " $ ", "¢": " cents ",
     "¼": " 1/4 ", "½": " 1/2 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "})
 ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
 BRACKETS = str.maketrans({

@@ -1,6 +1,7 @@
-"""Vision-GPT: a ViT sees, a Perceiver Resampler compresses, and cross-attention lets GPT-2 look at it while it writes.
+"""Vision-GPT: a ViT sees, a Perceiver Resampler compresses, cross-attention lets GPT-2 look while it writes.
 
-Letters: B batch of images, R caption rows, T text positions, N patches, L latents, C GPT-2's width, V vocabulary.
+Letters: B batch of images, R caption rows, T text positions, N patches, L latents, C GPT-2's width,
+V vocabulary.
 """
 
 import json
@@ -20,8 +21,8 @@ from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfi
 from tokenizer import Tokenizer, pad_captions
 from vit import ViT, ViTConfig
 
-FROZEN = ("vit.", "gpt2.")             # prefixes of what comes pretrained; `resampler.` and `xattn.` are the fusion
-CHUNK = 1024                           # targets whose logits are held at once in `loss`
+FROZEN = ("vit.", "gpt2.")      # prefixes of what comes pretrained; `resampler.` and `xattn.` are the fusion
+CHUNK = 1024                    # targets whose logits are held at once in `loss`
 
 
 @dataclass
@@ -29,14 +30,15 @@ class VisionGPTConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt2: GPT2Config = field(default_factory=GPT2Config)
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
-    cross_attention: tuple | None = None                # before these blocks of GPT-2; None: at 1/4, 1/2 and 3/4
+    cross_attention: tuple | None = None          # before these blocks of GPT-2; None: at 1/4, 1/2 and 3/4
 
     def __post_init__(self):
         for name, kind in (("vit", ViTConfig), ("gpt2", GPT2Config), ("resampler", ResamplerConfig)):
-            if isinstance(getattr(self, name), dict):   # as read from JSON
+            if isinstance(getattr(self, name), dict):       # as read from JSON
                 setattr(self, name, kind(**getattr(self, name)))
-        depth = self.gpt2.n_layer
-        at = (depth // 4, depth // 2, depth * 3 // 4) if self.cross_attention is None else self.cross_attention
+        at, depth = self.cross_attention, self.gpt2.n_layer
+        if at is None:
+            at = depth // 4, depth // 2, depth * 3 // 4
         self.cross_attention = tuple(sorted(set(at)))
         if not all(0 <= i < depth for i in self.cross_attention):
             raise UserError(f"cross_attention {list(at)} names a block outside GPT-2's 0 to {depth - 1}")
@@ -49,7 +51,7 @@ class VisionGPT(nn.Module):
         super().__init__()
         self.config = config = config or VisionGPTConfig()
         self.tokenizer = tokenizer
-        self.backbones = {}                             # {"vit": file, "gpt2": file} where they were loaded from files
+        self.backbones = {}                 # {"vit": file, "gpt2": file} where they were loaded from files
         width, dropout = config.gpt2.n_embd, config.resampler.dropout
         self.vit = vit or ViT(config.vit)
         self.gpt2 = gpt2 or GPT2(config.gpt2)
@@ -67,7 +69,7 @@ class VisionGPT(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if self.frozen:                                 # frozen parts always run in eval mode: no dropout in them
+        if self.frozen:                     # frozen parts always run in eval mode: no dropout in them
             self.vit.eval()
             self.gpt2.eval()
         return self
@@ -81,13 +83,13 @@ class VisionGPT(nn.Module):
     def device(self):
         return self.resampler.latents.device
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # images and text to logits and loss
 
     def encode(self, images=None, features=None):
         """Images (B, 3, S, S), or cached ViT patch tokens (B, N, C_vit), -> visual tokens (B, L, C)."""
         if features is None:
-            features = self.vit(images.to(self.vit.cls_token.dtype))[:, 1:]               # without the class token
+            features = self.vit(images.to(self.vit.cls_token.dtype))[:, 1:]      # without the class token
         return self.resampler(features.to(self.resampler.latents.dtype))
 
     def keys_values(self, visual):
@@ -95,7 +97,7 @@ class VisionGPT(nn.Module):
         return {name: layer.keys_values(visual) for name, layer in self.xattn.items()}
 
     def hidden(self, tokens, keys_values, groups, cache=None):
-        """The one place where the two worlds meet: GPT-2's blocks, cross-attention before some -> (R, T, C)."""
+        """Where the two worlds meet: GPT-2's blocks, with cross-attention before some -> (R, T, C)."""
         x = self.gpt2.embed(tokens, cache.length if cache else 0)
         for layer, block in enumerate(self.gpt2.h):
             if str(layer) in keys_values:
@@ -106,18 +108,19 @@ class VisionGPT(nn.Module):
         return x
 
     def look(self, tokens, visual, image):
-        """`hidden` of whole captions: row i looks at image[i] of `visual`, or at i; without `visual` at none."""
+        """`hidden` of whole captions: row i looks at visual[image[i]], by default visual[i], if any."""
         if visual is None:
             return self.hidden(tokens, {}, None)
         if len(visual if image is None else image) != len(tokens):
-            raise UserError(f"{len(tokens)} caption rows and {len(visual)} images: name each row's image with image=")
+            raise UserError(f"{len(tokens)} caption rows and {len(visual)} images: "
+                            "name each row's image with image=")
         return self.hidden(tokens, self.keys_values(visual), Groups(len(visual), image))
 
     def forward(self, tokens, visual=None, targets=None, image=None):
-        """Tokens (R, T) -> logits (R, T, V), and the mean cross-entropy over targets other than -100, or None.
+        """Tokens (R, T) -> logits (R, T, V), and the mean cross-entropy over targets but -100, or None.
 
-        `targets[r, t]` is the token after `tokens[r, t]`. `image` (R,) says which row of `visual` (B, L, C) each caption
-        looks at (default: row i at i). Without `visual` this is plain GPT-2.
+        `targets[r, t]` is the token after `tokens[r, t]`. `image` (R,) says which row of `visual` (B, L, C)
+        each caption looks at (default: row i at i). Without `visual` this is plain GPT-2.
         """
         logits = self.gpt2.logits(self.look(tokens, visual, image))
         if targets is None:
@@ -131,7 +134,7 @@ class VisionGPT(nn.Module):
         """
         x = self.look(tokens, visual, image)
         real = targets != -100
-        x, targets = x[real], targets[real]             # (M, C), (M,): padding never reaches the head
+        x, targets = x[real], targets[real]                 # (M, C), (M,): padding never reaches the head
         x, head = self.gpt2.ln_f(x), self.gpt2.wte.weight
         if self.frozen:
             total = HeadLoss.apply(x.to(head.dtype), head, targets, label_smoothing)
@@ -140,16 +143,17 @@ class VisionGPT(nn.Module):
         return total if reduction == "sum" else total / len(targets)
 
     def score(self, images, captions):
-        """Mean log-probability per token, end token counted, of one caption for each image -> (B,) float32."""
-        rows = [self._tokenizer().encode(text) for text in captions]
+        """Mean log-probability per token, end token counted, of a caption for each image -> (B,) float32."""
+        rows = [self.need_tokenizer().encode(text) for text in captions]
         tokens, targets = pad_captions(rows, self.end_id)
         with torch.inference_mode():
             logits, _ = self(tokens.to(self.device), self.encode(images.to(self.device)))
             targets = targets.to(self.device)
-            losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+            logits = logits.float().transpose(1, 2)                              # (B, V, T)
+            losses = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
             return -losses.sum(1) / (targets != -100).sum(1)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # captions
 
     def preprocess(self, images):
@@ -157,7 +161,7 @@ class VisionGPT(nn.Module):
         return pictures.preprocess(images, self.config.vit)
 
     def caption(self, images, batch_size=16, **decoding):
-        """A path or PIL image -> its caption; a list of them -> a list of captions. Takes what `generate` takes."""
+        """A path or PIL image -> its caption; a list of them -> a list. Takes what `generate` takes."""
         if not isinstance(images, (list, tuple)):
             texts = self.generate(self.preprocess([images]), **decoding)
             return texts[0] if len(texts) == 1 else texts
@@ -166,50 +170,48 @@ class VisionGPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, images=None, visual=None, generator=None, return_scores=False, **decoding):
-        """Images (B, 3, S, S), preprocessed, or visual tokens -> num_return_sequences captions each, image after image.
+        """Preprocessed images (B, 3, S, S), or visual tokens -> captions as texts, image after image.
 
-        Takes the fields of DecodingConfig; without either it continues the prompt as plain GPT-2. `generator` seeds
-        sampling. With `return_scores` also log-probability / length**length_penalty of each text. Raises UserError when
-        prompt and max_length do not fit GPT-2's positions.
+        Takes the fields of DecodingConfig; without images or visual tokens it continues the prompt as plain
+        GPT-2. `generator` seeds sampling. With `return_scores` also log-probability / length**length_penalty
+        of each text. Raises UserError when prompt and max_length do not fit GPT-2's positions.
         """
         config = DecodingConfig(**decoding)
-        prompt = self._tokenizer().encode(config.prompt)
-        self._check_room(prompt, config)
-        if images is not None:
-            visual = self.encode(images.to(self.device))
-        tokens, scores = self.generate_tokens(visual, config, prompt, generator)
+        prompt = self.need_tokenizer().encode(config.prompt)
+        tokens, scores = self.generate_tokens(config, prompt, images, visual, generator)
         texts = [self.tokenizer.decode(prompt + row).strip() for row in tokens]
         return (texts, scores) if return_scores else texts
 
-    def _check_room(self, prompt, config):
+    @torch.inference_mode()
+    def generate_tokens(self, config, prompt=(), images=None, visual=None, generator=None):
+        """`generate` in token ids: num_return_sequences lists of new tokens an image, and their scores."""
         room = self.config.gpt2.n_positions - 1 - len(prompt)
         if config.max_length > room:
-            raise UserError(f"max_length {config.max_length} is more than the {room} positions that GPT-2 has left after "
-                            f"a prompt of {len(prompt)} tokens")
-
-    @torch.inference_mode()
-    def generate_tokens(self, visual, config, prompt=(), generator=None):
-        """`generate` from visual tokens (B, L, C) or None, in token ids: (lists of new tokens, scores)."""
-        self._check_room(prompt, config)
+            raise UserError(f"max_length {config.max_length} is more than the {room} positions that "
+                            f"GPT-2 has left after a prompt of {len(prompt)} tokens")
+        if images is not None:
+            visual = self.encode(images.to(self.device))
         keys_values, B = ({}, 1) if visual is None else (self.keys_values(visual), len(visual))
         start = torch.tensor([[self.end_id, *prompt]], device=self.device).expand(B, -1)
-        cache = KVCache(self.config.gpt2, B, start.shape[1] + config.max_length, self.device, self.gpt2.wpe.weight.dtype)
-        groups = Groups(B)
+        dtype, length = self.gpt2.wpe.weight.dtype, start.shape[1] + config.max_length
+        cache, groups = KVCache(self.config.gpt2, B, length, self.device, dtype), Groups(B)
 
         def step(tokens):
             return self.gpt2.logits(self.hidden(tokens, keys_values, groups, cache)[:, -1])
 
         return decode(step, cache.select, start, config, self.end_id, generator)
 
-    def _tokenizer(self):
+    def need_tokenizer(self):
+        """The tokenizer. Raises UserError when there is none, or one of another size than the vocabulary."""
         if self.tokenizer is None:
-            raise UserError("this model has no tokenizer: put a tokenizer.json into its folder, or set model.tokenizer")
+            raise UserError("this model has no tokenizer: put a tokenizer.json into its folder, "
+                            "or set model.tokenizer")
         if self.tokenizer.vocab_size != self.end_id + 1:
-            raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.end_id + 1}: they do "
-                            "not belong together")
+            raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
+                            f"{self.end_id + 1}: they do not belong together")
         return self.tokenizer
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # save and load
 
     @classmethod
@@ -223,10 +225,11 @@ class VisionGPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder=None, device="auto", dtype=None, weights=None):
-        """A checkpoint folder -> the model in eval mode; without a folder the one that sample.py would choose.
+        """A checkpoint folder, by default the one that sample.py would choose -> the model in eval mode.
 
-        `dtype` None is float32 on the CPU and the stored one on a GPU; `weights` is a further folder to look for frozen
-        backbones in. Raises UserError when something is missing, damaged, or not what the fusion was trained with.
+        `dtype` None is float32 on the CPU and the stored one on a GPU; `weights` is a further folder to look
+        for frozen backbones in. Raises UserError when something is missing, damaged, or not what the fusion
+        was trained with.
         """
         folder = Path(folder or checkpoint.find_checkpoint())
         device = pick_device(device)
@@ -243,31 +246,33 @@ class VisionGPT(nn.Module):
         else:
             tensors = checkpoint.read_tensors(folder / "model.safetensors")
         checkpoint.fill(model, tensors, folder)
-        if dtype is None:                               # one for all: backbones may be stored in another than the fusion
+        if dtype is None:               # one for all: backbones may be stored in another than the fusion
             dtype = torch.float32 if device.type == "cpu" else model.resampler.latents.dtype
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder, dtype=None, backbones=None, training=None):
         """Write a checkpoint folder: everything, or, given where the frozen backbones lie, the fusion alone.
 
-        `dtype` casts what is written (None: as it is); `backbones` is {"vit": file, "gpt2": file}; `training` is a
-        summary kept in config.json.
+        `dtype` casts what is written (None: as it is); `backbones` is {"vit": file, "gpt2": file};
+        `training` is a summary kept in config.json.
         """
-        folder = Path(folder)
+        folder, backbones = Path(folder), backbones or {}
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.to(dtype or t.dtype) for name, t in self.state_dict().items()
                    if not (backbones and name.startswith(FROZEN))}
-        checkpoint.write_tensors(folder / ("fusion.safetensors" if backbones else "model.safetensors"), tensors)
+        file = folder / ("fusion.safetensors" if backbones else "model.safetensors")
+        checkpoint.write_tensors(file, tensors)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
-        config = {"format_version": checkpoint.FORMAT_VERSION, "model": asdict(self.config), "training": training,
-                  "backbones": {name: checkpoint.describe(file, folder) for name, file in (backbones or {}).items()}}
+        backbones = {name: checkpoint.describe(file, folder) for name, file in backbones.items()}
+        config = {"format_version": checkpoint.FORMAT_VERSION, "model": asdict(self.config),
+                  "training": training, "backbones": backbones}
         with atomic(folder / "config.json") as temporary:
             Path(temporary).write_text(json.dumps(config, indent=1) + "\n")
 
 
 def head_loss(x, weight, targets, label_smoothing=0.0):
-    """Summed cross-entropy of hidden states (M, C) against targets (M,), with a trainable head weight (V, C)."""
+    """Summed cross-entropy of hidden states (M, C) against targets (M,), with a trainable head (V, C)."""
     logits = F.linear(x, weight).float()
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
@@ -292,7 +297,7 @@ class HeadLoss(torch.autograd.Function):
             if grad is not None:
                 probability = logits.sub_(lse).exp_()
                 probability -= label_smoothing / V
-                probability.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=torch.float32))
+                probability.scatter_add_(1, target, torch.full_like(lse, label_smoothing - 1))
                 grad[i : i + CHUNK] = probability.to(x.dtype) @ weight
         ctx.save_for_backward(grad)
         return total

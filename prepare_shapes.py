@@ -109,15 +109,16 @@ def captions(scene):
 def draw(scene, size, rng):
     """The picture (size, size, 3) uint8 of a scene: flat colours with dark outlines on a pale ground."""
     scale = 4 * size                                 # drawn four times as large, then averaged
+    line = dict(outline=OUTLINE, width=scale // 60)
     image = Image.new("RGB", (scale, scale), (rng.randint(232, 252),) * 3)
     canvas = ImageDraw.Draw(image)
     for o in scene["objects"]:
         x, y, width = (scale * v for v in (o["x"], o["y"], SIZES[o["size"]]))
         corners, colour = SHAPES[o["shape"]], COLOURS[o["colour"]]
         if corners is None:
-            canvas.circle((x, y), width / 2, fill=colour, outline=OUTLINE, width=scale // 60)
+            canvas.circle((x, y), width / 2, fill=colour, **line)
         else:
-            canvas.polygon([(x + width * u, y + width * v) for u, v in corners], fill=colour, outline=OUTLINE, width=scale // 60)
+            canvas.polygon([(x + width * u, y + width * v) for u, v in corners], fill=colour, **line)
     return np.asarray(image.reduce(4))
 
 
@@ -154,7 +155,8 @@ def prepare(config):
     counts = {name: len(split) for name, split in indices.items()}
     counts["test_unseen"] = sum(not HELD_OUT.isdisjoint(kinds_of(scenes[i])) for i in indices["test"])
     names = [f"{i:05}.png" for i in range(len(scenes))]
-    data.write_set(config.out, names, texts, indices, tokenizer, dict(image_size=config.image_size), counts=counts)
+    data.write_set(config.out, names, texts, indices, tokenizer, dict(image_size=config.image_size),
+                   counts=counts)
     return counts
 
 

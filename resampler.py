@@ -1,6 +1,7 @@
-"""The fusion, all that is trained: a Perceiver Resampler and cross-attention (Flamingo, https://arxiv.org/abs/2204.14198).
+"""What is trained: a Perceiver Resampler and cross-attention (Flamingo, https://arxiv.org/abs/2204.14198).
 
-Letters: B batch, N patches, L latents, C width, H heads, D head width; R caption rows, T text positions, G rows an image.
+Letters: B batch, N patches, L latents, C width, H heads, D head width; R caption rows, T text positions,
+G rows an image.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class ResamplerConfig:
     n_head: int = 8
     head_width: int = 64
     n_mlp: int = 256
-    dropout: float = 0.1               # on attention and MLP outputs before they are added, cross-attention's too
+    dropout: float = 0.1               # on attention and MLP outputs, cross-attention's too
 
     def __post_init__(self):
         for name in ("n_latent", "n_layer", "n_head", "head_width", "n_mlp"):
@@ -76,7 +77,7 @@ class PerceiverResampler(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Text looks at the visual tokens: x + out(attention(LN(x), visual)). Starts as the identity, `out` being zero."""
+    """Text looks at the visual tokens: x + out(attention(LN(x), visual)); `out` is zero at the start."""
 
     def __init__(self, width, n_head, dropout):
         super().__init__()
@@ -90,7 +91,7 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def keys_values(self, visual):
-        """Visual tokens (B, L, C) -> k, v (B, H, L, D): once an image, for all its captions, beams and words."""
+        """Visual tokens (B, L, C) -> k, v (B, H, L, D): once an image, for all its captions and words."""
         B, L, _ = visual.shape
         return self.kv(visual).view(B, L, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
 
@@ -101,17 +102,17 @@ class CrossAttention(nn.Module):
     def forward(self, x, keys_values, groups):
         R, T, C = x.shape
         k, v = keys_values
-        q = groups.gather(self.queries(x))                                                   # (B, G * T, C)
-        q = q.view(len(k), -1, self.n_head, C // self.n_head).transpose(1, 2)                # (B, H, G * T, D)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)            # (B, G * T, C)
+        q = groups.gather(self.queries(x))                                           # (B, G * T, C)
+        q = q.view(len(k), -1, self.n_head, C // self.n_head).transpose(1, 2)        # (B, H, G * T, D)
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, G * T, C)
         return x + self.dropout(self.out(groups.scatter(seen, T)))
 
 
 class Groups:
-    """Which caption rows look at which image, so that the rows of an image become queries of one attention, not copies.
+    """Which caption rows look at which image: an image's rows become queries of one attention, not copies.
 
-    `image` (R,) names each row's image, 0 to n_image - 1. Where the rows lie image after image and equally many to
-    each, as in decoding (`image` None), gather and scatter are free reshapes.
+    `image` (R,) names each row's image, 0 to n_image - 1. Where the rows lie image after image and equally
+    many to each, as in decoding (`image` None), gather and scatter are free reshapes.
     """
 
     def __init__(self, n_image, image=None):
@@ -122,14 +123,14 @@ class Groups:
         if len(image) == 0 or image.min() < 0 or image.max() >= n_image:
             raise UserError(f"image must name one of the {n_image} images for each caption row")
         count = torch.bincount(image, minlength=n_image)
-        if len(image) % n_image == 0 and torch.equal(image, torch.arange(n_image).repeat_interleave(len(image) // n_image)):
+        self.regular = bool((count == count[0]).all() and (image.diff() >= 0).all())
+        if self.regular:
             return
-        self.regular = False
         G = int(count.max())
         order = torch.argsort(image, stable=True)
-        slot = torch.empty_like(image)                                # the row's place among its image's rows
+        slot = torch.empty_like(image)                            # the row's place among its image's rows
         slot[order] = torch.arange(len(image)) - (count.cumsum(0) - count)[image[order]]
-        self.row_of = torch.zeros(n_image * G, dtype=torch.long)      # an empty place computes row 0, and is not read
+        self.row_of = torch.zeros(n_image * G, dtype=torch.long)  # empty places compute row 0, never read
         self.place_of = image * G + slot
         self.row_of[self.place_of] = torch.arange(len(image))
 

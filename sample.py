@@ -140,11 +140,9 @@ def fetch(url):
 
 def caption(model, pictures, config, generator=None):
     """Give each of a batch of Pictures its captions, scores and tokens."""
-    import torch
-    with torch.inference_mode():
-        visual = model.encode(model.preprocess([p.pixels for p in pictures]).to(model.device))
-    prompt = model._tokenizer().encode(config.prompt)
-    tokens, scores = model.generate_tokens(visual, config, prompt, generator)
+    images = model.preprocess([p.pixels for p in pictures])
+    prompt = model.need_tokenizer().encode(config.prompt)
+    tokens, scores = model.generate_tokens(config, prompt, images, generator=generator)
     texts = [model.tokenizer.decode(prompt + row).strip() for row in tokens]
     n = config.num_return_sequences
     for i, p in enumerate(pictures):

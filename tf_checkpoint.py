@@ -1,7 +1,7 @@
 """TensorFlow checkpoints (PREFIX.index, PREFIX.data-*) read without TensorFlow, as OpenAI published GPT-2.
 
-The index is a LevelDB table (https://github.com/google/leveldb/blob/main/doc/table_format.md) of protocol buffers:
-a header, then where in the data files each variable lies.
+The index is a LevelDB table (https://github.com/google/leveldb/blob/main/doc/table_format.md) of protocol
+buffers: a header, then where in the data files each variable lies.
 """
 
 import struct

@@ -1,4 +1,4 @@
-"""Text to tokens: GPT-2's byte-level BPE, or a small one trained on given texts; both are a tiktoken.Encoding."""
+"""Text to tokens: GPT-2's byte-level BPE, or a small one trained on given texts, as a tiktoken.Encoding."""
 
 import base64
 import json
@@ -12,18 +12,18 @@ import torch
 from cli import UserError, atomic
 
 END = "<|endoftext|>"
-# how GPT-2 cuts text into the pieces within which tokens form: contractions, words, numbers, other signs, white space
+# how GPT-2 cuts text into the pieces within which tokens form: contractions, words, numbers, signs, spaces
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 class Tokenizer:
-    """Text <-> token ids. `end_id`, the last id, starts and ends every caption; written in a text it is ordinary text."""
+    """Text <-> token ids. `end_id`, the last, starts and ends a caption; END in a text is ordinary text."""
 
     def __init__(self, name, ranks):
         self.name, self.ranks = name, ranks
-        self.encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)},
-                                          explicit_n_vocab=len(ranks) + 1)
         self.end_id, self.vocab_size = len(ranks), len(ranks) + 1
+        self.encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
+                                          special_tokens={END: self.end_id}, explicit_n_vocab=self.vocab_size)
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
@@ -36,7 +36,7 @@ class Tokenizer:
         return self.encoding.decode([t for t in tokens if t != self.end_id])
 
     def save(self, folder):
-        """Write `folder`/tokenizer.json: name, pattern, specials, and the tokens in the order of their ranks."""
+        """Write `folder`/tokenizer.json: name, pattern, specials, the tokens in the order of their ranks."""
         tokens = [base64.b64encode(t).decode() for t in sorted(self.ranks, key=self.ranks.get)]
         content = {"name": self.name, "pattern": PATTERN, "specials": {END: self.end_id}, "ranks": tokens}
         with atomic(Path(folder) / "tokenizer.json") as temporary:
@@ -53,14 +53,15 @@ class Tokenizer:
                 raise ValueError("pattern and specials are not GPT-2's")
             return cls(content["name"], ranks)
         except OSError:
-            raise UserError(f"{file} is missing; it is written with the data, the weights and every checkpoint. "
-                            f"GPT-2's own comes from python convert_weights.py --gpt2 FOLDER-WITH-merges.txt") from None
+            raise UserError(f"{file} is missing; it is written with the data, the weights and every "
+                            "checkpoint. GPT-2's own comes from python convert_weights.py --gpt2 "
+                            "FOLDER-WITH-merges.txt") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); copy it again") from None
 
     @classmethod
     def gpt2(cls, file=None):
-        """GPT-2's encoding: from `file` (merges.txt, vocab.bpe or a .tiktoken rank file), else as tiktoken finds it.
+        """GPT-2's encoding: from `file` (merges.txt, vocab.bpe or .tiktoken), else as tiktoken finds it.
 
         Raises UserError when the tables are neither local nor to be downloaded.
         """
@@ -71,9 +72,10 @@ class Tokenizer:
                 ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
             except Exception as error:                    # whatever the network stack below tiktoken raises
                 raise UserError(
-                    f"GPT-2's tokenizer tables could not be downloaded ({type(error).__name__}): name a folder with "
-                    "merges.txt or vocab.bpe to convert_weights.py --gpt2, set TIKTOKEN_CACHE_DIR to a filled tiktoken "
-                    "cache, or copy a tokenizer.json beside the weights") from None
+                    f"GPT-2's tokenizer tables could not be downloaded ({type(error).__name__}): name a "
+                    "folder with merges.txt or vocab.bpe to convert_weights.py --gpt2, set "
+                    "TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or copy a tokenizer.json beside the "
+                    "weights") from None
         if len(ranks) != 50256:
             raise UserError(f"{file} holds {len(ranks)} tokens, GPT-2 has 50256")
         return cls("gpt2", ranks)
@@ -82,8 +84,8 @@ class Tokenizer:
     def train(cls, texts, vocab_size):
         """A byte-level BPE of at most `vocab_size` tokens, end token included (Sennrich et al. 2016).
 
-        Merges the most frequent pair again and again; of equals the one that is first in byte order, so that the same
-        texts always give the same tokens.
+        Merges the most frequent pair again and again; of equals the one that is first in byte order, so that
+        the same texts always give the same tokens.
         """
         if vocab_size < 257:
             raise UserError(f"vocab_size is {vocab_size}, but 256 bytes and the end token need 257")
@@ -120,7 +122,7 @@ class Tokenizer:
 
 
 def pad_captions(rows, end_id):
-    """Lists of tokens -> tokens (R, T), starting with the end token, and targets (R, T), -100 after the final one."""
+    """Lists of tokens -> tokens (R, T) after a start token, and targets (R, T), -100 after the end token."""
     T = 1 + max(map(len, rows), default=0)
     tokens = np.full((len(rows), T), end_id, dtype=np.int64)
     targets = np.full((len(rows), T), -100, dtype=np.int64)
@@ -132,20 +134,22 @@ def pad_captions(rows, end_id):
 
 
 def _read_ranks(file):
-    """{token bytes: rank} of merges.txt / vocab.bpe (a merge a line) or of a .tiktoken file (base64 token and rank)."""
+    """{token bytes: rank} of merges.txt, vocab.bpe (a merge a line) or .tiktoken (base64 token and rank)."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tokenizer file {file}: {error}") from None
     try:
         if file.suffix == ".tiktoken":
-            return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-        # GPT-2 writes each byte as a printable sign: itself, or, for the 68 that are not printable, chr(256), chr(257) ...
+            pairs = (line.split() for line in lines if line)
+            return {base64.b64decode(token): int(rank) for token, rank in pairs}
+        # GPT-2 writes a byte as a printable sign: itself, or for the 68 that are none chr(256), chr(257) ...
         printable = [b for b in range(256) if chr(b).isprintable() and b != 0x20]
         order = printable + [b for b in range(256) if b not in printable]
-        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(order[len(printable) :])}
+        byte_of = {chr(b): b for b in printable}
+        byte_of |= {chr(256 + i): b for i, b in enumerate(order[len(printable) :])}
         ranks = {bytes([b]): rank for rank, b in enumerate(order)}
-        for line in lines[lines[0].startswith("#version") :]:        # only line 0: some merges begin with a # too
+        for line in lines[lines[0].startswith("#version") :]:    # only line 0: some merges begin with #
             if line.strip():
                 first, second = line.split()
                 ranks[bytes(byte_of[c] for c in first + second)] = len(ranks)

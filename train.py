@@ -84,6 +84,9 @@ class TrainConfig:
             if not low <= value < (1 if below_one else math.inf):                # nan is refused too
                 limits = "from 0 to below 1" if below_one else f"at least {low}"
                 raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {limits}")
+        if (self.vit or self.gpt2) and (self.init_from or self.preset != "flickr8k"):
+            raise UserError("--vit and --gpt2 start a model of preset flickr8k: leave them out with "
+                            "--init-from or another preset")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with the run, --overwrite throws it away: give one of them")
         if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -121,7 +124,7 @@ def scratch_config(preset, vocab_size, n_positions):
     return VisionGPTConfig(vit, gpt2, resampler)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pieces of the loop
 
 
@@ -177,7 +180,7 @@ def write_captions(model, data, eyes, images, autocast):
     return texts
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the run
 
 
@@ -209,7 +212,7 @@ def build_model(cfg):
     """The model to train, on the CPU in float32, and the data in its tokens."""
     if cfg.init_from:
         model = VisionGPT.from_pretrained(cfg.init_from, "cpu", torch.float32, cfg.weights)
-        data = CaptionSet(cfg.data, model._tokenizer())
+        data = CaptionSet(cfg.data, model.need_tokenizer())
     elif cfg.preset == "flickr8k":
         files = {"vit": Path(cfg.vit or f"{cfg.weights}/vit.safetensors"),
                  "gpt2": Path(cfg.gpt2 or f"{cfg.weights}/gpt2.safetensors")}
@@ -219,7 +222,7 @@ def build_model(cfg):
             raise UserError(f"{' and '.join(missing)} missing: run python convert_weights.py, or name their "
                             f"folder with --weights; --preset shapes needs none")
         model = VisionGPT.from_backbones(files, data.tokenizer)
-        model._tokenizer()                                            # raises UserError if it is not GPT-2's
+        model.need_tokenizer()                                        # raises UserError if it is not GPT-2's
     else:
         data = CaptionSet(cfg.data)
         if cfg.preset == "mini":

@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 @dataclass
 class ViTConfig:
-    """ViT-B/16 as torchvision trained it. What belongs to the weights (eps, activation, norms, mean, std) lives here."""
+    """ViT-B/16 as torchvision trained it, with all that belongs to the weights: eps, norms, mean, std ..."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images (B, 3, S, S), normalised, to tokens (B, 1 + N, C): the class token, then the patches row by row."""
+    """Normalised images (B, 3, S, S) to tokens (B, 1 + N, C): class token, then the patches row by row."""
 
     def __init__(self, config=None):
         super().__init__()
@@ -123,7 +123,8 @@ class ViT(nn.Module):
     def forward(self, images):
         S = self.config.image_size
         if images.shape[1:] != (3, S, S):
-            raise UserError(f"images are {tuple(images.shape)}, but this ViT takes (B, 3, {S}, {S}): use preprocess()")
+            raise UserError(f"images are {tuple(images.shape)}, but this ViT takes (B, 3, {S}, {S}): "
+                            "use preprocess()")
         x = self.patch_embed(images).flatten(2).transpose(1, 2)       # (B, N, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         x = self.norm_pre(x)
@@ -139,11 +140,11 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, file):
-        """The ViT in a file written by convert_weights.py. Raises UserError when it is missing, damaged or no ViT."""
+        """The ViT in a file of convert_weights.py. Raises UserError if missing, damaged or no ViT."""
         return checkpoint.load_module(cls, ViTConfig, file)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pictures: the one way from a file to the ViT's input, for preparing, training and captioning
 
 
@@ -154,11 +155,13 @@ def load_image(source):
     """
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
-        image.load()                                                  # reads the first frame, now and not later
+        image.load()                                          # reads the first frame, now and not later
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16") or image.mode in ("I", "F"):   # 16 bits or more: Pillow's convert() would clip
+        if image.mode.startswith("I;16") or image.mode in ("I", "F"):   # Pillow's convert() would clip them
             levels = np.asarray(image, dtype=np.float32)
-            top = 255 if levels.max(initial=0) <= 255 else max(65535, levels.max())
+            top = levels.max(initial=0)
+            if image.mode != "F" or not 0 < top <= 1:         # floats may range from 0 to 1
+                top = 255 if top <= 255 else max(65535, top)
             image = Image.fromarray((levels.clip(0) * (255 / top)).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -181,6 +184,6 @@ def normalize(pixels, config):
 
 
 def preprocess(images, config):
-    """Paths, open files or PIL images -> (B, 3, S, S) float32 on the CPU. Raises UserError for an unreadable one."""
+    """Paths, open files or PIL images -> (B, 3, S, S) float32 on the CPU. Raises what `load_image` does."""
     pixels = [np.array(resize(load_image(image), config.image_size)) for image in images]
     return normalize(torch.from_numpy(np.stack(pixels)), config)

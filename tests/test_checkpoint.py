@@ -31,6 +31,13 @@ def save_backbones(model, folder, dtype=None):
     return files
 
 
+def test_weights_get_the_permissions_of_any_other_file(tmp_path):
+    """safetensors writes files that nobody else may read."""
+    (tmp_path / "plain").touch()
+    checkpoint.write_tensors(tmp_path / "weights", {"a": torch.zeros(2)})
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     """A fusion checkpoint out/run with its backbones in weights/, in an empty current folder; the model."""

@@ -72,7 +72,7 @@ def beams(model, visual, prompt, config):
 
 @torch.no_grad()
 def decode(model, visual, prompt=(), **config):
-    return model.generate_tokens(visual, DecodingConfig(**config), prompt)
+    return model.generate_tokens(DecodingConfig(**config), prompt, visual=visual)
 
 
 CONFIGS = [
@@ -208,15 +208,15 @@ def test_sampling_draws_from_the_right_distribution(config, expected):
 def test_sampling_repeats_with_the_seed_of_its_generator():
     model, visual = lively_model()
     config = DecodingConfig(temperature=1.0, max_length=8, num_return_sequences=3)
-    rows = [model.generate_tokens(visual, config, generator=torch.Generator().manual_seed(seed))
+    rows = [model.generate_tokens(config, visual=visual, generator=torch.Generator().manual_seed(seed))
             for seed in (1, 1, 2)]
     assert len(rows[0][0]) == 15 and rows[0] == rows[1] and rows[0][0] != rows[2][0]
     for tokens in rows[0][0]:
         assert model.end_id not in tokens and len(tokens) <= 8
     torch.manual_seed(5)
-    one = model.generate_tokens(visual, config)[0]
+    one = model.generate_tokens(config, visual=visual)[0]
     torch.manual_seed(5)
-    assert model.generate_tokens(visual, config)[0] == one           # without a generator torch's seed rules
+    assert model.generate_tokens(config, visual=visual)[0] == one    # without a generator torch's seed rules
 
 
 def test_return_sequences_come_image_after_image():

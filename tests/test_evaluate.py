@@ -88,7 +88,7 @@ def loss_by_hand(model, captions, images, seen):
     return sum(losses) / len(losses)
 
 
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a model
 
 
@@ -139,7 +139,7 @@ def test_captions_cut_at_max_length_did_not_end(folder, run, tmp_path):
     out, captions = save_model(folder, tmp_path / "ends", ends=1.0), data.CaptionSet(folder)
     model = VisionGPT.from_pretrained(out)
     visual = model.encode(model.preprocess([Image.fromarray(captions.images[i]) for i in TEST]))
-    rows, _ = model.generate_tokens(visual, evaluate.EvaluateConfig(max_length=60))
+    rows, _ = model.generate_tokens(evaluate.EvaluateConfig(max_length=60), visual=visual)
     lengths = [len(row) for row in rows]
     assert min(lengths) < max(lengths) < 59
     for most in (min(lengths) + 1, max(lengths), max(lengths) + 1):          # the end token needs a place too
@@ -156,7 +156,7 @@ def test_split_and_limit_choose_the_images(folder, checkpoint, run):
     assert run("--checkpoint", checkpoint, "--limit", 3)["references"] == sum(i % 3 + 1 for i in TEST[:3])
 
 
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # captions from a file
 
 
@@ -217,7 +217,7 @@ def test_table_says_when_meteor_was_not_measured():
     assert "METEOR" in line and "java" in line
 
 
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what the user can mend
 
 

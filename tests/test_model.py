@@ -244,7 +244,7 @@ def test_generate_refuses_more_tokens_than_positions_before_any_work():
         model.generate(not_even_images, max_length=64)
     with pytest.raises(UserError, match="max_length 60 .* prompt of 6 tokens"):
         model.generate(not_even_images, max_length=60, prompt="abcdef")
-    longest = model.generate_tokens(None, model_module.DecodingConfig(max_length=63, min_length=63))[0][0]
+    longest = model.generate_tokens(model_module.DecodingConfig(max_length=63, min_length=63))[0][0]
     assert len(longest) == 63
 
 

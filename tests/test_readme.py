@@ -1,4 +1,4 @@
-"""Every command in the README runs as printed: long ones shortened, those that need the network or a GPU as --help."""
+"""Every command in the README runs: long ones shortened, those that need the network or a GPU as --help."""
 
 import importlib
 import os
@@ -31,8 +31,8 @@ def test_readme_names_only_known_programs():
         assert command.startswith(("python ", "pip install -r requirements")), command
 
 
-SETTINGS = {"prepare_flickr8k.py": "PrepareConfig", "convert_weights.py": "ConvertConfig", "train.py": "TrainConfig",
-            "sample.py": "SampleConfig", "evaluate.py": "EvaluateConfig"}
+SETTINGS = {"prepare_flickr8k.py": "PrepareConfig", "convert_weights.py": "ConvertConfig",
+            "train.py": "TrainConfig", "sample.py": "SampleConfig", "evaluate.py": "EvaluateConfig"}
 
 
 @pytest.mark.parametrize("command", SCRIPTS)

@@ -78,7 +78,7 @@ def go_on(cfg, **given):
     return train(*settings({"resume": True, "out": cfg.out, **given}))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the loss and its gradient against a reference that knows nothing of batches, padding and sharing
 
 MUTATIONS = ["erf instead of tanh in GPT-2", "tanh instead of erf in the fusion", "a look at the next word",
@@ -224,7 +224,7 @@ def test_a_caption_costs_the_same_in_any_company(base, config):
     assert loss([7, 0, 4]) == pytest.approx(sum(alone.values()), rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # stopped and resumed
 
 
@@ -340,7 +340,7 @@ def test_training_state_alone_suffices_whatever_the_intervals(unbroken, tmp_path
     assert checkpoint.read_config(cfg.out)["training"]["val_loss"] == min(log_of(cfg, "val_loss").values())
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # whose settings rule, whose folder it is
 
 
@@ -450,7 +450,7 @@ def test_changed_weights_or_data_are_not_resumed(base, config, tmp_path):
         go_on(cfg)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what can go wrong
 
 
@@ -526,6 +526,13 @@ def test_settings_that_cannot_be_are_refused(flag, value, message):
         TrainConfig(**{flag: value})
 
 
+@pytest.mark.parametrize("other", [dict(preset="shapes"), dict(preset="mini"), dict(init_from="out/run")])
+def test_backbones_that_would_not_be_read_are_refused(other):
+    for name in ("vit", "gpt2"):
+        with pytest.raises(UserError, match="--vit and --gpt2 start a model of preset flickr8k"):
+            TrainConfig(**{name: "file.safetensors"}, **other)
+
+
 def test_several_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert TrainConfig()
@@ -535,7 +542,7 @@ def test_several_gpus_are_refused(monkeypatch):
         trainer.main()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the pieces of the loop
 
 
@@ -602,7 +609,7 @@ def test_validation_is_over_targets_with_every_image_at_its_place(base, config):
     assert all(abs(other - own) > 1e-6 for own, other in found)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what a run leaves
 
 
@@ -685,7 +692,7 @@ def test_training_changes_nothing_global(config):
     assert state() == before
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # presets and the command line
 
 
@@ -709,7 +716,7 @@ def test_shapes_preset_trains_a_complete_model_and_judges_it(tmp_path, monkeypat
     training = checkpoint.read_config("out/shapes")["training"]
     assert not training["photographs"] and training["data"] == "data/shapes"
     model = VisionGPT.from_pretrained("out/shapes", device="cpu")
-    assert model.config.vit.image_size == 64 and not model.backbones
+    assert model.config.vit.image_size == 96 and not model.backbones
     with pytest.raises(UserError, match="no checkpoint found"):
         monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
         checkpoint.find_checkpoint()                               # a captioner of photographs is not at hand

@@ -142,6 +142,8 @@ PICTURES = {                                              # picture, file type, 
     "I;16, its darkest 8 bits only": (picture("I;16", 200), "tiff", (200, 200, 200)),
     "I": (picture("I", 65535), "tiff", (255, 255, 255)),
     "F": (picture("F", 99.6), "tiff", (100, 100, 100)),
+    "F, from 0 to 1": (picture("F", 0.9), "tiff", (255, 255, 255)),
+    "F, black": (picture("F", 0.0), "tiff", (0, 0, 0)),
 }
 
 
