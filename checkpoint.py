@@ -154,12 +154,19 @@ def find_backbone(name, record, folder, weights=None):
     places = [Path(folder) / record["path"], *([Path(weights) / record["file"]] if weights else []),
               Path(folder).parent / "weights" / record["file"], Path("weights") / record["file"]]
     files = [place for place in places if place.exists()]
+    damaged = None
     for file in files:
-        if read_metadata(file).get("sha256") == record["sha256"]:
-            return file
+        try:
+            if record["sha256"] and read_metadata(file).get("sha256") == record["sha256"]:
+                return file
+        except UserError as error:                                   # another place may hold a whole one
+            damaged = error
+    if damaged:
+        raise damaged
     if files:
         raise UserError(f"{files[0]} is not the {name} that {folder} was trained on "
-                        f"(sha256 {record['sha256'][:12]}...); convert the same {name} again with "
+                        f"(sha256 {str(record['sha256'])[:12]}...); "
+                        f"convert the same {name} again with "
                         "convert_weights.py, or name its folder with --weights")
     raise UserError(f"the {name} weights of {folder} are missing: looked for {', '.join(map(str, places))}; "
                     "make them with python convert_weights.py, or name their folder with --weights")

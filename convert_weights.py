@@ -52,6 +52,7 @@ class ConvertConfig:
     gpt2: str | None = flag(None, "GPT-2 weights to convert", metavar="FILE|DIR")
     vision_gpt: str | None = flag(None, "published Vision-GPT to convert", metavar="FILE|HUB_NAME")
     checkpoint: str | None = flag(None, "trained checkpoint to make one stand-alone model of", metavar="DIR")
+    weights: str | None = flag(None, "one more folder with the backbones of --checkpoint", metavar="DIR")
     out: str | None = flag(None, "folder to write: weights, weights/vision-gpt or DIR-<dtype>", metavar="DIR")
     dtype: str = flag("auto", "what the tensors are stored as; auto is float32", choices=cli.DTYPES)
     heads: int | None = flag(None, "attention heads, where neither the source nor a known width tells")
@@ -364,7 +365,8 @@ def convert_published(settings, dtype):
     beside = folder_of(path)
     model.tokenizer = find_tokenizer(model.config.gpt2.vocab_size, beside, beside / "tokenizer")
     write_checkpoint(model, layout, out, dtype, dict(
-        photographs=True, source=settings.vision_gpt, data="Flickr8k: train, val and test splits together"))
+        photographs=True, source=settings.vision_gpt,
+        note="trained on Flickr8k's train, val and test images together"))
     if settings.check and model.tokenizer:
         print(model.caption(settings.check))
 
@@ -374,7 +376,7 @@ def convert_checkpoint(settings, dtype):
     out = Path(settings.out or f"{folder.resolve()}-{str(dtype).removeprefix('torch.')}")
     if out.resolve() == folder.resolve():
         raise UserError(f"--out is the checkpoint {folder} itself: name another folder")
-    model = VisionGPT.from_pretrained(folder, device="cpu")
+    model = VisionGPT.from_pretrained(folder, device="cpu", weights=settings.weights)
     write_checkpoint(model, "trained Vision-GPT", out, dtype, checkpoint.read_config(folder).get("training"))
     if settings.check:
         print(model.caption(settings.check))

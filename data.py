@@ -152,6 +152,13 @@ class CaptionSet:
             raise UserError(f"{self.folder} has no {name} images with captions")
         return np.array(images)
 
+    def fingerprint(self):
+        """SHA-256 of what a run reads of the captions: their tokens, images and splits."""
+        digest = hashlib.sha256(json.dumps({name: s.tolist() for name, s in self.splits.items()}).encode())
+        for array in (self.tokens, self.offset, self.image_of):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
     def references(self, image):
         """The source captions of an image, as prepared."""
         return [self.captions[c] for c in self.captions_of[image]]

@@ -14,7 +14,7 @@ from torch import nn
 
 import checkpoint
 import vit as pictures
-from cli import UserError, atomic, pick_device
+from cli import UserError, atomic, nearest, pick_device
 from decoding import DecodingConfig, decode
 from gpt2 import GPT2, GPT2Config, KVCache
 from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig
@@ -132,6 +132,8 @@ class VisionGPT(nn.Module):
 
         `reduction` "sum" leaves the division by the number of targets to the caller.
         """
+        if targets is None:
+            raise UserError("loss needs targets (R, T): the token after each, -100 where there is none")
         x = self.look(tokens, visual, image)
         real = targets != -100
         x, targets = x[real], targets[real]                 # (M, C), (M,): padding never reaches the head
@@ -144,6 +146,8 @@ class VisionGPT(nn.Module):
 
     def score(self, images, captions):
         """Mean log-probability per token, end token counted, of a caption for each image -> (B,) float32."""
+        if len(images) != len(captions):
+            raise UserError(f"{len(captions)} captions for {len(images)} images: give one for each")
         rows = [self.need_tokenizer().encode(text) for text in captions]
         tokens, targets = pad_captions(rows, self.end_id)
         with torch.inference_mode():
@@ -176,6 +180,10 @@ class VisionGPT(nn.Module):
         GPT-2. `generator` seeds sampling. With `return_scores` also log-probability / length**length_penalty
         of each text. Raises UserError when prompt and max_length do not fit GPT-2's positions.
         """
+        for name in decoding:
+            if name not in DecodingConfig.__dataclass_fields__:
+                hint = nearest(name, DecodingConfig.__dataclass_fields__)
+                raise UserError(f"unknown decoding setting {name}{hint}")
         config = DecodingConfig(**decoding)
         prompt = self.need_tokenizer().encode(config.prompt)
         tokens, scores = self.generate_tokens(config, prompt, images, visual, generator)

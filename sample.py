@@ -223,24 +223,28 @@ def main(args=None):
         batches = load_ahead(read_batch, starts)
         if config.json == "-" or not sys.stdout.isatty():     # on a console the captions are the progress
             batches = cli.progress(batches, "captioning", len(starts), " batches")
-        for batch in batches:
-            for p in (p for p in batch if p.error):
-                print(p.error, file=sys.stderr)
-                failed = True
-            batch = [p for p in batch if not p.error]
-            if not batch:
-                continue
-            caption(model, batch, config, generator)
-            if config.json != "-":
-                for p, text in ((p, text) for p in batch for text in p.captions):
-                    print(prefix.format(p.source) + " ".join(text.split()))
-                sys.stdout.flush()
-            if config.attention and batch[0].shown:
-                sheets += attention_sheets(model, [p for p in batch if p.shown], config)
-            for p in batch:
-                p.pixels = None                         # of 100,000 pictures the words alone are kept
-            pictures += batch
-    write(pictures, sheets, config)
+        try:
+            for batch in batches:
+                for p in (p for p in batch if p.error):
+                    print(p.error, file=sys.stderr)
+                    failed = True
+                batch = [p for p in batch if not p.error]
+                if not batch:
+                    continue
+                caption(model, batch, config, generator)
+                if config.json != "-":
+                    for p, text in ((p, text) for p in batch for text in p.captions):
+                        print(prefix.format(p.source) + " ".join(text.split()))
+                    sys.stdout.flush()
+                if config.attention and batch[0].shown:
+                    sheets += attention_sheets(model, [p for p in batch if p.shown], config)
+                for p in batch:
+                    p.pixels = None                         # of 100,000 pictures the words alone are kept
+                pictures += batch
+        except torch.OutOfMemoryError:
+            raise UserError(f"out of memory: lower --batch-size ({config.batch_size})") from None
+        finally:                                        # what was captioned is not lost
+            write(pictures, sheets, config)
     return int(failed)
 
 

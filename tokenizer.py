@@ -61,21 +61,23 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls, file=None):
-        """GPT-2's encoding: from `file` (merges.txt, vocab.bpe or .tiktoken), else as tiktoken finds it.
+        """GPT-2's encoding: from `file` (merges.txt, vocab.bpe, .tiktoken), weights/, or as tiktoken finds.
 
         Raises UserError when the tables are neither local nor to be downloaded.
         """
         if file is not None:
             ranks = _read_ranks(Path(file))
+        elif Path("weights/tokenizer.json").exists() and (converted := cls.load("weights")).name == "gpt2":
+            return converted
         else:
             try:
                 ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
             except Exception as error:                    # whatever the network stack below tiktoken raises
                 raise UserError(
-                    f"GPT-2's tokenizer tables could not be downloaded ({type(error).__name__}): name a "
-                    "folder with merges.txt or vocab.bpe to convert_weights.py --gpt2, set "
-                    "TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or copy a tokenizer.json beside the "
-                    "weights") from None
+                    f"GPT-2's tokenizer tables could not be downloaded ({type(error).__name__}): "
+                    "convert GPT-2 first, from a folder with its merges.txt (python convert_weights.py "
+                    "--gpt2 FOLDER), set TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or copy GPT-2's "
+                    "tokenizer.json into weights/") from None
         if len(ranks) != 50256:
             raise UserError(f"{file} holds {len(ranks)} tokens, GPT-2 has 50256")
         return cls("gpt2", ranks)

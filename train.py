@@ -25,7 +25,7 @@ import checkpoint
 import cli
 import figures
 from cli import UserError, flag
-from data import CaptionSet, Eyes, batches, collate, load_ahead, to_device
+from data import CaptionSet, Eyes, batches, clean_caption, collate, load_ahead, to_device
 from gpt2 import GPT2Config
 from metrics import judge
 from model import VisionGPT, VisionGPTConfig
@@ -89,7 +89,7 @@ class TrainConfig:
                             "--init-from or another preset")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with the run, --overwrite throws it away: give one of them")
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
             raise UserError("training runs on one GPU: start it with python train.py, "
                             "without torchrun or WORLD_SIZE")
 
@@ -103,6 +103,8 @@ PRESETS = {
     "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=3, learning_rate=1e-3, min_lr=1e-5,
                    dropout=0.0, eval_interval=1000, eval_images=200, save_interval=500, log_interval=100),
 }
+# what training_state.pt holds
+STATE = {"model", "optimizer", "scaler", "step", "best", "losses", "backbones", "config"}
 # may differ between a run and its --resume; the first two move the end of the learning rate's cosine
 RESUMABLE = ("epochs", "max_steps", "eval_interval", "save_interval", "log_interval", "device", "compile",
              "tracker", "num_samples", "resume")
@@ -154,7 +156,8 @@ def validate(model, data, eyes, images, batch_size, autocast):
     model.eval()
     images = images[np.argsort(data.longest(images), kind="stable")]
     own = other = count = 0.0
-    for part in np.array_split(images, math.ceil(len(images) / max(2, batch_size))):      # 1 has no neighbour
+    parts = np.array_split(images, max(1, len(images) // max(2, batch_size)))      # 1 has no neighbour
+    for part in cli.progress(parts, "validation: batch"):
         batch = to_device(collate(data, part, eyes), model.device)
         with autocast():
             visual = model.encode(**batch["seen"])
@@ -170,7 +173,7 @@ def write_captions(model, data, eyes, images, autocast):
     """Greedy captions of `images`."""
     model.eval()
     texts, room = [], model.config.gpt2.n_positions - 1
-    for i in range(0, len(images), 32):
+    for i in cli.progress(range(0, len(images), 32), "captions: batch"):
         with autocast(), torch.inference_mode():
             seen = {name: t.to(model.device) for name, t in eyes(images[i : i + 32]).items()}
             visual = model.encode(**seen)
@@ -197,8 +200,10 @@ def settings(given):
     try:
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         saved = state["config"]
+        if saved.keys() != dataclasses.asdict(cfg).keys() or not STATE <= state.keys():
+            raise KeyError
     except Exception as error:                                    # a damaged file fails in many ways
-        raise UserError(f"{state_file} is damaged ({type(error).__name__}); "
+        raise UserError(f"{state_file} is damaged or of another version ({type(error).__name__}); "
                         f"start again with --overwrite") from None
     for name, value in given.items():
         if name not in RESUMABLE and name != "out" and value != saved[name]:
@@ -226,7 +231,8 @@ def build_model(cfg):
     else:
         data = CaptionSet(cfg.data)
         if cfg.preset == "mini":
-            texts = [text for i in data.split("train") for text in data.references(i)]
+            clean = clean_caption if data.preprocessing["clean_captions"] else str
+            texts = [clean(text) for i in data.split("train") for text in data.references(i)]
             data = CaptionSet(cfg.data, Tokenizer.train(texts, MINI_VOCABULARY))
         positions = max(64, 1 + int(np.diff(data.offset).max()))
         model = VisionGPT(scratch_config(cfg.preset, data.tokenizer.vocab_size, positions), data.tokenizer)
@@ -299,12 +305,15 @@ def run(cfg, state, out):
     if cfg.preset == "shapes" and not Path(cfg.data, "meta.json").exists():
         import prepare_shapes
         prepare_shapes.prepare(prepare_shapes.ShapesConfig(out=cfg.data))
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed % 2**63)
     model, data = build_model(cfg)
     images = {name: data.split(name) for name in ("train", "val")}
     check_lengths(data, model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hashes = {name: checkpoint.read_metadata(file).get("sha256") for name, file in model.backbones.items()}
+    if model.frozen and not hashes:                                   # of a complete checkpoint
+        hashes = {name: checkpoint.sha256(getattr(model, name).state_dict()) for name in ("vit", "gpt2")}
+    hashes["captions"] = data.fingerprint()
     if state and (state["backbones"] != hashes or
                   any(p.shape != state["model"][name].shape for name, p in trained.items())):
         raise UserError(f"the weights or the data are no longer those that the run in {out} was started with")
@@ -376,7 +385,8 @@ def run(cfg, state, out):
         if own < best:
             best = own
             summary = dict(step=step, val_loss=own, val_loss_shuffled=other, preset=cfg.preset, data=cfg.data,
-                           photographs=not Path(cfg.data, "scenes.jsonl").exists(), blind=cfg.blind)
+                           photographs=not (cfg.blind or Path(cfg.data, "scenes.jsonl").exists()),
+                           blind=cfg.blind)
             model.save_pretrained(out, torch.float32, kept, summary)
 
     loss_of = torch.compile(model.loss) if cfg.compile else model.loss
@@ -384,7 +394,7 @@ def run(cfg, state, out):
     model.train()
     with stop_signal() as asked:
         for parts in load_ahead(make_step, range(step, total)):
-            torch.manual_seed(cfg.seed * 1_000_003 + step)
+            torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
             lr = learning_rate(step, total, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -63,6 +63,37 @@ def test_readme_shapes_run_trains_and_captions(tmp_path):
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
 
 
+def test_readme_own_pictures_scores_and_stand_alone_model(tmp_path):
+    """The commands on one's own pictures, the scores and the stand-alone model, begun from a tiny model."""
+    from PIL import Image
+    from prepare_shapes import ShapesConfig, prepare
+    from tokenizer import Tokenizer
+    prepare(ShapesConfig(out=str(tmp_path / "shapes"), train_scenes=40, eval_scenes=8))
+    tiny = "train.py --preset shapes --data shapes --out out/flickr8k --max-steps 1".split()
+    (tmp_path / "weights").mkdir()                      # stands in for GPT-2's tables
+    Tokenizer("gpt2", Tokenizer.load(tmp_path / "shapes").ranks).save(tmp_path / "weights")
+    (tmp_path / "photos").mkdir()
+    rows = ["image,caption,split"]
+    for i, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
+        Image.new("RGB", (60, 40), (30 * i, 90, 40)).save(tmp_path / f"photos/{i}.png")
+        rows.append(f"{i}.png,a red star,{split}")
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    block = next(b for b in BLOCKS if "--init-from" in b)
+    own = [line.split("#")[0].strip() for line in block.splitlines()]
+    score = next(c for c in SCRIPTS if "evaluate.py" in c) + " --data data/mine --checkpoint out/mine"
+    alone = next(c for c in SCRIPTS if "convert_weights.py --checkpoint" in c)
+    for command in [" ".join(["python", *tiny]), own[0], own[1] + " --max-steps 3", own[2], score, alone]:
+        _, script, *arguments = command.split()
+        done = run([str(ROOT / script), *arguments], tmp_path)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    assert (tmp_path / "grid.png").exists()
+    assert (tmp_path / "out/flickr8k-float16/model.safetensors").exists()
+
+
+def test_readme_has_no_blanks_to_fill():
+    assert not re.search(r"\b[A-Z]+_[A-Z]+\b", TEXT.replace("TIKTOKEN_CACHE_DIR", ""))
+
+
 def test_readme_python_names_exist():
     from model import VisionGPT
     (snippet,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
