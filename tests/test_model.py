@@ -286,3 +286,11 @@ def test_nothing_global_changes(photos, tmp_path):
     model.save_pretrained(tmp_path)
     VisionGPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert state() == before
+
+
+def test_unknown_decoding_settings_and_missing_inputs_are_the_users_error():
+    model = tiny_model()
+    with pytest.raises(UserError, match="did you mean num_beams"):
+        model.generate(None, num_beam=3)
+    with pytest.raises(UserError, match="needs targets"):
+        model.loss(torch.zeros(1, 3, dtype=torch.long))

@@ -1,6 +1,7 @@
 """Training computes what the formulas say, repeats itself exactly after a stop, and says what is wrong."""
 
 import dataclasses
+import contextlib
 import fcntl
 import io
 import json
@@ -750,3 +751,45 @@ def test_training_on_a_gpu_follows_the_cpu(dtype, base, config, tmp_path):
         go_on(cfg, max_steps=4)
         losses.append(list(log_of(cfg, "loss").values()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if dtype == "float32" else 0.02)
+
+
+# --------------------------------------------------------------------------------------------------
+# bugs that were fixed
+
+
+def test_blind_run_does_not_count_as_trained_on_photographs(config):
+    """The caption-only baseline, being newest, became the model that sample.py chose."""
+    cfg = config(blind=True)
+    train(cfg)
+    training = checkpoint.read_config(cfg.out)["training"]
+    assert training["blind"] and not training["photographs"]
+
+
+def test_resume_refuses_captions_that_changed(config, tmp_path):
+    """A set prepared anew was gone on with in silence, in another order."""
+    folder = tmp_path / "copy"
+    cfg = config(max_steps=1)
+    shutil.copytree(cfg.data, folder)
+    cfg = dataclasses.replace(cfg, data=str(folder))
+    train(cfg)
+    texts = json.loads((folder / "captions.json").read_text())
+    (folder / "captions.json").write_text(json.dumps([texts[-1], *texts[1:]]))
+    with pytest.raises(UserError, match="no longer those"):
+        go_on(cfg, max_steps=2)
+
+
+def test_validation_never_compares_an_image_with_itself(config):
+    """Odd numbers of images left a batch of one, whose neighbour was the image itself."""
+    cfg = config(batch_size=2)
+    model, data = build_model(cfg)
+    sizes = []
+
+    class Seen:
+        def __call__(self, images, rng=None):
+            sizes.append(len(images))
+            S = model.config.vit.image_size
+            return {"images": torch.zeros(len(images), 3, S, S)}
+    images = data.split("train")
+    for count in (3, 5, len(images)):
+        trainer.validate(model, data, Seen(), images[:count], 2, contextlib.nullcontext)
+    assert min(sizes) >= 2
