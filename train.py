@@ -445,7 +445,7 @@ def run(cfg, state, out):
                 raise KeyboardInterrupt
     file = out / ("fusion.safetensors" if kept else "model.safetensors")
     if file.exists():                                                 # show the best model, not the last
-        model.load_state_dict(checkpoint.read_tensors(file), strict=False)
+        model.load_state_dict(model.state_dict() | checkpoint.read_tensors(file))
     finish(cfg, out, log, images, model, data, eyes, autocast)
     return best
 
