@@ -1,4 +1,4 @@
-"""The project is a flat folder, not a package: put it on the path of every test, with two threads at most."""
+"""The project is a flat folder, not a package: put it on the path of every test, on one thread."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"          # real Flickr8k and GPT-2's tables, where they are at hand
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)                  # tiny models: a second thread only waits
 
 
 def pytest_configure(config):
