@@ -163,9 +163,15 @@ class CaptionSet:
         """The source captions of an image, as prepared."""
         return [self.captions[c] for c in self.captions_of[image]]
 
-    def rows(self, images):
-        """All captions of `images`: their tokens as a list of arrays, and each one's place in `images`."""
-        chosen = [(c, place) for place, image in enumerate(images) for c in self.captions_of[image]]
+    def rows(self, images, limit=None, rng=None):
+        """Captions of `images`: their tokens as a list of arrays, and each one's place in `images`.
+
+        All of them, or at most `limit` of each image, drawn by `rng`.
+        """
+        captions = [self.captions_of[image] for image in images]
+        if limit:
+            captions = [rng.permutation(own)[:limit] for own in captions]
+        chosen = [(c, place) for place, own in enumerate(captions) for c in own]
         tokens = [self.tokens[self.offset[c] : self.offset[c + 1]] for c, _ in chosen]
         return tokens, [place for _, place in chosen]
 
@@ -278,9 +284,9 @@ class Eyes:
         return {"images": normalize(pixels, self.vit)}
 
 
-def collate(data, images, eyes, rng=None):
+def collate(data, images, eyes, rng=None, limit=None):
     """Image indices -> a batch: what is seen, tokens and targets (R, T), the row of `seen` (R,) of each."""
-    rows, image = data.rows(images)
+    rows, image = data.rows(images, limit, rng)
     tokens, targets = pad_captions(rows, data.tokenizer.end_id)
     return {"seen": eyes(images, rng), "tokens": tokens, "targets": targets, "image": torch.tensor(image),
             "count": int((targets != -100).sum())}

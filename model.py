@@ -139,7 +139,7 @@ class VisionGPT(nn.Module):
         x, targets = x[real], targets[real]                 # (M, C), (M,): padding never reaches the head
         x, head = self.gpt2.ln_f(x), self.gpt2.wte.weight
         if self.frozen:
-            total = HeadLoss.apply(x.to(head.dtype), head, targets, label_smoothing)
+            total = HeadLoss.apply(x.to(head.dtype), head, targets, label_smoothing, self.gpt2.linear)
         else:
             total = head_loss(x, head, targets, label_smoothing)
         return total if reduction == "sum" else total / len(targets)
@@ -292,11 +292,14 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, label_smoothing):
+    def forward(ctx, x, weight, targets, label_smoothing, linear):
         total, V = x.new_zeros((), dtype=torch.float32), len(weight)
         grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for i in range(0, len(x), CHUNK):
-            logits = F.linear(x[i : i + CHUNK], weight).float()                            # (chunk, V)
+            with torch.enable_grad():
+                part = x[i : i + CHUNK].detach().requires_grad_(grad is not None)
+                out = linear(part, weight)                                                 # (chunk, V)
+            logits = out.detach().float()
             target = targets[i : i + CHUNK, None]
             lse = logits.logsumexp(-1, keepdim=True)
             total += ((lse - logits.gather(1, target)) * (1 - label_smoothing)).sum()
@@ -306,11 +309,11 @@ class HeadLoss(torch.autograd.Function):
                 probability = logits.sub_(lse).exp_()
                 probability -= label_smoothing / V
                 probability.scatter_add_(1, target, torch.full_like(lse, label_smoothing - 1))
-                grad[i : i + CHUNK] = probability.to(x.dtype) @ weight
+                grad[i : i + CHUNK] = torch.autograd.grad(out, part, probability.to(out.dtype))[0]
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None
+        return grad * upstream.to(grad.dtype), None, None, None, None

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import cli
+import fast
 import figures
 from cli import UserError, flag
 from data import CaptionSet, Eyes, batches, clean_caption, collate, load_ahead, to_device
@@ -48,7 +49,8 @@ class TrainConfig:
                       choices=["fusion", "all"])
     epochs: int = flag(8, "passes over the training images")
     max_steps: int = flag(0, "stop after so many optimizer steps; 0: when the epochs are done")
-    batch_size: int = flag(32, "images per forward pass; all their captions come along")
+    batch_size: int = flag(32, "images per forward pass")
+    captions_per_image: int = flag(0, "captions of an image that come along in a step, drawn anew; 0: all")
     grad_accumulation: int = flag(1, "forward passes per optimizer step")
     learning_rate: float = flag(5e-4, "peak learning rate")
     min_lr: float = flag(5e-5, "learning rate at the end of the cosine")
@@ -56,6 +58,8 @@ class TrainConfig:
     weight_decay: float = flag(0.01, "AdamW's, on matrices only")
     grad_clip: float = flag(1.0, "largest gradient norm; 0 is off")
     dropout: float = flag(0.1, "on attention and MLP outputs of what is trained")
+    patch_dropout: float = flag(0.0, "share of the patches left out of a step, where the ViT is trained")
+    word_dropout: float = flag(0.0, "share of the words that GPT-2 has to say without seeing them")
     label_smoothing: float = flag(0.0, "share of each target spread over the vocabulary, in training only")
     augment: bool = flag(False, "random crops and flips; the ViT's features are then not cached")
     blind: bool = flag(False, "replace every picture by the same grey one: the caption-only baseline")
@@ -75,12 +79,13 @@ class TrainConfig:
 
     def __post_init__(self):
         self.out = self.out or f"out/{self.preset}"
-        at_least = dict(epochs=1, max_steps=0, batch_size=1, grad_accumulation=1, learning_rate=0, min_lr=0,
-                        warmup_steps=0, weight_decay=0, grad_clip=0, dropout=0, label_smoothing=0, seed=0,
-                        eval_interval=1, eval_images=1, save_interval=1, log_interval=1, num_samples=0)
+        at_least = dict(epochs=1, max_steps=0, batch_size=1, captions_per_image=0, grad_accumulation=1,
+                        learning_rate=0, min_lr=0, warmup_steps=0, weight_decay=0, grad_clip=0, dropout=0,
+                        patch_dropout=0, word_dropout=0, label_smoothing=0, seed=0, eval_interval=1,
+                        eval_images=1, save_interval=1, log_interval=1, num_samples=0)
         for name, low in at_least.items():
             value = getattr(self, name)
-            below_one = name in ("dropout", "label_smoothing")
+            below_one = name.endswith("dropout") or name == "label_smoothing"
             if not low <= value < (1 if below_one else math.inf):                # nan is refused too
                 limits = "from 0 to below 1" if below_one else f"at least {low}"
                 raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {limits}")
@@ -98,8 +103,9 @@ MINI_VOCABULARY = 3072                 # tokens of the BPE that the mini preset 
 
 PRESETS = {
     "flickr8k": {},
-    "mini": dict(train="all", batch_size=64, epochs=60, learning_rate=1e-3, min_lr=1e-5, warmup_steps=200,
-                 weight_decay=0.05, dropout=0.1, label_smoothing=0.1, augment=True),
+    "mini": dict(train="all", batch_size=64, captions_per_image=2, epochs=80, learning_rate=1e-3, min_lr=1e-5,
+                 warmup_steps=200, weight_decay=0.05, dropout=0.1, patch_dropout=0.5, label_smoothing=0.1,
+                 augment=True, eval_interval=500, eval_images=1000, save_interval=500, log_interval=50),
     "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=3, learning_rate=1e-3, min_lr=1e-5,
                    dropout=0.0, eval_interval=1000, eval_images=200, save_interval=500, log_interval=100),
 }
@@ -236,11 +242,11 @@ def build_model(cfg):
             data = CaptionSet(cfg.data, Tokenizer.train(texts, MINI_VOCABULARY))
         positions = max(64, 1 + int(np.diff(data.offset).max()))
         model = VisionGPT(scratch_config(cfg.preset, data.tokenizer.vocab_size, positions), data.tokenizer)
-    set_dropout(model, cfg.dropout, everywhere=cfg.train == "all")
+    set_dropout(model, cfg.dropout, cfg.train == "all", cfg.patch_dropout)
     return model.freeze(cfg.train == "fusion"), data
 
 
-def set_dropout(model, p, everywhere):
+def set_dropout(model, p, everywhere, patches=0.0):
     """Give the fusion, or with `everywhere` the backbones too, the dropout of this run."""
     parts = [(model.config.resampler, model.resampler), (model.config.resampler, model.xattn)]
     parts += [(model.config.vit, model.vit), (model.config.gpt2, model.gpt2)] if everywhere else []
@@ -249,6 +255,15 @@ def set_dropout(model, p, everywhere):
         for module in part.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = p
+    model.config.vit.patch_dropout = patches if everywhere else 0.0
+
+
+def hide_words(tokens, share, end_id):
+    """Word dropout (Bowman et al. 2016): that share of tokens (R, T) becomes the end token."""
+    if not share:
+        return tokens
+    hidden = torch.rand(tokens.shape, device=tokens.device) < share
+    return tokens.masked_fill(hidden, end_id)
 
 
 def compute_dtype(name, device):
@@ -327,6 +342,8 @@ def run(cfg, state, out):
     model.to(device)
     if eyes.features is not None:
         model.vit.to("cpu")                                           # its work is done
+    if not cfg.compile:
+        fast.pack(model)
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     step, best, losses = 0, math.inf, []                              # losses: since the last log line
@@ -357,7 +374,7 @@ def run(cfg, state, out):
         """The batches of an optimizer step."""
         numbers = range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation)
         return [collate(data, order(n // epoch_size)[n % epoch_size], eyes,
-                        np.random.default_rng([cfg.seed, 1, n])) for n in numbers]
+                        np.random.default_rng([cfg.seed, 1, n]), cfg.captions_per_image) for n in numbers]
 
     @contextlib.contextmanager
     def autocast():
@@ -401,13 +418,14 @@ def run(cfg, state, out):
             count, step_loss = sum(part["count"] for part in parts), 0.0
             for part in parts:
                 part = to_device(part, device)
+                tokens = hide_words(part["tokens"], cfg.word_dropout, model.end_id)
                 with autocast():
                     visual = model.encode(**part["seen"])
-                    loss = loss_of(part["tokens"], visual, part["targets"], part["image"],
+                    loss = loss_of(tokens, visual, part["targets"], part["image"],
                                    label_smoothing=cfg.label_smoothing, reduction="sum") / count
                 scaler.scale(loss).backward()
                 step_loss = step_loss + loss.detach()
-                captions += len(part["tokens"])
+                captions += len(tokens)
             scaler.unscale_(optimizer)
             if cfg.grad_clip:
                 torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip)

@@ -41,6 +41,7 @@ class ViTConfig:
     transform: dict = field(default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
     # the weights' own evaluation: short side and centre crop, or dict(squash=224, filter=...)
     dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
+    patch_dropout: float = 0.0         # share of the patches that a training step leaves out, also then
 
     def __post_init__(self):
         self.mean, self.std = tuple(self.mean), tuple(self.std)
@@ -127,6 +128,8 @@ class ViT(nn.Module):
                             "use preprocess()")
         x = self.patch_embed(images).flatten(2).transpose(1, 2)       # (B, N, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        if self.training and self.config.patch_dropout:
+            x = drop_patches(x, self.config.patch_dropout)
         x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
@@ -142,6 +145,13 @@ class ViT(nn.Module):
     def from_pretrained(cls, file):
         """The ViT in a file of convert_weights.py. Raises UserError if missing, damaged or no ViT."""
         return checkpoint.load_module(cls, ViTConfig, file)
+
+
+def drop_patches(x, share):
+    """Leave that share of the patches out of (B, 1 + N, C), others for each image (arXiv:2208.07220)."""
+    B, N, C = x.shape[0], x.shape[1] - 1, x.shape[2]
+    kept = torch.rand(B, N, device=x.device).argsort(1)[:, : max(1, round(N * (1 - share)))]
+    return torch.cat([x[:, :1], x[:, 1:].gather(1, kept[:, :, None].expand(-1, -1, C))], dim=1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""The CPU's fast path: linear layers through oneDNN, with weights packed once for it; int8 weights.
+
+    fast.pack(model)                # float32 or bfloat16: the same sums in another order, 2 to 3 times faster
+    fast.pack(model, int8=True)     # bfloat16, GPT-2's weights rounded to 8 bits: a little less exact
+
+A model that is not packed computes the same in plain PyTorch. Why it pays: for float32 PyTorch's F.linear
+calls MKL, which on AMD CPUs reaches less than half of what oneDNN does, and packed weights need not be laid out
+anew for every token.
+"""
+
+import sys
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cli import UserError
+
+# oneDNN's linear layer as an eager operator; private to PyTorch, so it may be absent
+POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def available():
+    """Whether this build of PyTorch has oneDNN, packed or not."""
+    return torch.backends.mkldnn.is_available()
+
+
+def pack(model, int8=False):
+    """Make linear layers and head of a VisionGPT on the CPU compute through oneDNN; returns the model.
+
+    Only frozen weights are packed, at first use: `fast.pack(model.requires_grad_(False))` to caption. Parameters
+    stay what and where they are; load_state_dict, `.to` and in-place changes are noticed, edits through `.data`
+    are not. With `int8` GPT-2's weights, cross-attention's and the
+    head are rounded to 8 bits for each output row, while activations stay bfloat16, so that GPT-2's few very
+    large channels cost nothing; raises UserError unless the model is in bfloat16 on the CPU.
+    """
+    if int8 and (model.device.type != "cpu" or model.gpt2.wte.weight.dtype != torch.bfloat16):
+        raise UserError("int8 weights need a model in bfloat16 on the CPU: use --dtype bfloat16 --device cpu")
+    if model.device.type != "cpu" or not available():
+        return model
+    if model.gpt2.wte.weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("this CPU has no bfloat16 arithmetic: --dtype float32 will be faster", file=sys.stderr)
+    for part in (model.vit, model.resampler, model.xattn, model.gpt2):
+        rounded = int8 and part in (model.xattn, model.gpt2)
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                module.forward = types.MethodType(forward_int8 if rounded else forward, module)
+    model.gpt2.linear = linear_int8 if int8 else linear
+    return model
+
+
+def forward(module, x):
+    return linear(x, module.weight, module.bias)
+
+
+def forward_int8(module, x):
+    return linear_int8(x, module.weight, module.bias)
+
+
+def linear(x, weight, bias=None):
+    """F.linear through oneDNN: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if x.device.type != "cpu" or weight.dtype != dtype or dtype not in (torch.float32, torch.bfloat16):
+        return F.linear(x, weight, bias)
+    x = x.to(dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return Linear.apply(x, weight, bias)
+    return onednn(x, weight if weight.requires_grad else packed(weight), bias)
+
+
+class Linear(torch.autograd.Function):
+    """`linear` with gradients; a frozen weight is packed for both directions."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return onednn(x, weight.detach() if weight.requires_grad else packed(weight), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        into_x = into_weight = into_bias = None
+        if ctx.needs_input_grad[0]:
+            transposed = weight.t().contiguous() if weight.requires_grad else packed(weight, transposed=True)
+            into_x = onednn(grad.contiguous(), transposed)
+        rows = grad.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            into_weight = onednn(rows.t().contiguous(), x.flatten(0, -2).t().contiguous())
+        if ctx.needs_input_grad[2]:
+            into_bias = rows.sum(0)
+        return into_x, into_weight, into_bias
+
+
+def onednn(x, weight, bias=None):
+    """x @ weight.T + bias with a weight from `packed`, or a plain one."""
+    if POINTWISE is not None:
+        return POINTWISE(x, weight, bias, "none", [], "")
+    weight = weight if weight.is_mkldnn else weight.to_mkldnn()
+    return F.linear(x.contiguous().to_mkldnn(), weight, bias).to_dense()
+
+
+# --------------------------------------------------------------------------------------------------
+# packed weights are kept on the parameter, under the state they were made from
+
+
+def state_of(weight):
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def packed(weight, transposed=False):
+    """`weight`, or its transpose, as oneDNN wants it."""
+    name = "packed_transposed" if transposed else "packed"
+    state, made = getattr(weight, name, (None, None))
+    if state != state_of(weight):
+        plain = weight.detach().t().contiguous() if transposed else weight.detach()
+        made = plain.to_mkldnn() if POINTWISE is None else torch.ops.mkldnn._reorder_linear_weight(plain)
+        setattr(weight, name, (state_of(weight), made))
+    return made
+
+
+def linear_int8(x, weight, bias=None):
+    """F.linear with the weight rounded to 8 bits, symmetrically, one scale for each output row."""
+    state, made = getattr(weight, "packed_int8", (None, None))
+    if state != state_of(weight):
+        plain = weight.detach().float()
+        scale = plain.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        made = (plain / scale).round().to(torch.int8), scale.flatten().to(x.dtype)
+        weight.packed_int8 = state_of(weight), made
+    out = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), *made).view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias

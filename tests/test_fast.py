@@ -1,0 +1,105 @@
+"""oneDNN's packed layers compute what plain PyTorch does; int8 weights nearly so, outlier channels or not."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import batch, tiny_model
+
+import fast
+from cli import UserError
+from decoding import DecodingConfig
+
+pytestmark = pytest.mark.skipif(not fast.available(), reason="PyTorch without oneDNN")
+BOTH = pytest.mark.parametrize("operator", [fast.POINTWISE, None], ids=["packed", "public"])
+
+
+@BOTH
+@pytest.mark.parametrize("beams", [1, 4])
+def test_pack_leaves_the_captions_as_they_were(monkeypatch, operator, beams):
+    monkeypatch.setattr(fast, "POINTWISE", operator)
+    model = tiny_model()
+    packed = fast.pack(copy.deepcopy(model).requires_grad_(False))
+    images, config = torch.randn(3, 3, 16, 16), DecodingConfig(num_beams=beams, max_length=12, min_length=12)
+    (plain, scores), (tokens, packed_scores) = (m.generate_tokens(config, images=images) for m in (model, packed))
+    assert tokens == plain
+    assert packed_scores == pytest.approx(scores, rel=1e-4)
+    assert len(set(map(tuple, plain))) > 1                     # else the images would not matter
+
+
+@BOTH
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("trained", [True, False])
+def test_linear_and_its_gradients_are_those_of_pytorch(monkeypatch, operator, dtype, tolerance, trained):
+    monkeypatch.setattr(fast, "POINTWISE", operator)
+    x = torch.randn(3, 5, 64, dtype=dtype, requires_grad=True)
+    weight = torch.randn(48, 64, dtype=dtype, requires_grad=trained)
+    bias = torch.randn(48, dtype=dtype, requires_grad=trained)
+    inputs, upstream = [t for t in (x, weight, bias) if t.requires_grad], torch.randn(3, 5, 48, dtype=dtype)
+    results = []
+    for function in (fast.linear, F.linear):
+        y = function(x, weight, bias)
+        results.append([y, *torch.autograd.grad(y, inputs, upstream)])
+    for ours, theirs in zip(*results):
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_packed_weights_follow_the_parameter():
+    model, images = fast.pack(tiny_model().requires_grad_(False)), torch.randn(2, 3, 16, 16)
+    tokens, _ = batch((3, 5))
+
+    def logits(model):
+        with torch.inference_mode():
+            return model(tokens, model.encode(images))[0]
+
+    before = logits(model)
+    with torch.no_grad():
+        model.gpt2.h[1].mlp.c_fc.weight.mul_(2)
+        model.gpt2.wte.weight.add_(0.1)
+    changed = logits(model)
+    assert not torch.allclose(before, changed)
+    assert torch.allclose(changed, logits(copy.deepcopy(model)), atol=1e-5)
+    plain = tiny_model()
+    plain.load_state_dict(model.state_dict())
+    assert torch.allclose(changed, logits(plain), atol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_packed_training_step_has_the_gradients_of_the_plain_one(smoothing):
+    plain = tiny_model()
+    packed = fast.pack(copy.deepcopy(plain))
+    tokens, targets = batch((4, 1, 7, 0, 3))
+    features, image = torch.randn(2, 4, 12), torch.tensor([0, 0, 1, 1, 1])
+    gradients = []
+    for model in (plain, packed):
+        loss = model.loss(tokens, model.encode(features=features), targets, image, smoothing)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        error = (gradient - gradients[1][name]).norm() / gradient.norm()
+        assert error < 1e-5, name
+
+
+def test_int8_weights_bear_outlier_channels():
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 768), torch.randn(96, 768) / 28
+    x[:, :3] *= 50                                             # as some of GPT-2's channels are
+    exact, x, weight = F.linear(x, weight), x.bfloat16(), weight.bfloat16()
+    error = (fast.linear_int8(x, weight).float() - exact).norm() / exact.norm()
+    assert error < 0.02
+    bias = torch.randn(96).bfloat16()
+    with_bias = fast.linear_int8(x[:, None], weight, bias)
+    assert torch.allclose(with_bias[:, 0].float(), (fast.linear_int8(x, weight) + bias).float())
+
+
+def test_int8_captions_and_its_limits():
+    model = tiny_model()
+    with pytest.raises(UserError, match="bfloat16"):
+        fast.pack(model, int8=True)
+    model, images = model.bfloat16(), torch.randn(2, 3, 16, 16)
+    tokens, _ = batch((6, 6))
+    with torch.inference_mode():
+        exact = model(tokens, model.encode(images))[0].float()
+        rounded = fast.pack(model, int8=True)(tokens, model.encode(images))[0].float()
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.1
