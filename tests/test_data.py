@@ -174,6 +174,19 @@ def test_collate_shares_images_and_pads_by_length(prepared):
     assert batch["count"] == sum(1 + len(data.tokenizer.encode(clean_caption(t))) for _, t in rows)
 
 
+def test_collate_draws_so_many_captions_of_each_image(prepared):
+    data = CaptionSet(prepared[0])
+    images = np.array([4, 9, 1])
+    every = [set(map(tuple, data.rows([image])[0])) for image in images]
+    drawn = set()
+    for seed in range(50):
+        rows, place = data.rows(images, 1, np.random.default_rng(seed))
+        assert place == [0, 1, 2] and all(tuple(row) in own for row, own in zip(rows, every))
+        drawn.add(tuple(rows[0]))
+    assert drawn == every[0] and len(drawn) > 1
+    assert len(data.rows(images, 100, np.random.default_rng(0))[0]) == sum(len(data.rows([i])[0]) for i in images)
+
+
 def test_load_ahead_keeps_order_and_passes_errors_on():
     assert list(load_ahead(lambda n: n * n, range(5))) == [0, 1, 4, 9, 16]
     assert list(load_ahead(None, range(0))) == []

@@ -158,7 +158,8 @@ def test_a_bad_picture_is_named_and_the_others_are_captioned(run):
 
 def test_pictures_in_the_examples_folder_are_the_default(run, folder, monkeypatch):
     monkeypatch.setattr(sample, "EXAMPLES", folder / "photos/below")
-    assert run()[1].startswith("below/img0.png\t")
+    monkeypatch.chdir(folder)
+    assert run()[1].startswith("photos/below/img0.png\t")
 
 
 def test_json_on_stdout_is_all_there_is(run):

@@ -793,3 +793,10 @@ def test_validation_never_compares_an_image_with_itself(config):
     for count in (3, 5, len(images)):
         trainer.validate(model, data, Seen(), images[:count], 2, contextlib.nullcontext)
     assert min(sizes) >= 2
+
+
+def test_word_dropout_hides_its_share_of_the_words():
+    tokens = torch.arange(4000).view(40, 100)
+    hidden = trainer.hide_words(tokens, 0.25, 9999) == 9999
+    assert 0.2 < hidden.float().mean() < 0.3
+    assert torch.equal(trainer.hide_words(tokens, 0.0, 9999), tokens)
