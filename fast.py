@@ -65,27 +65,27 @@ def linear(x, weight, bias=None):
     if x.device.type != "cpu" or weight.dtype != dtype or dtype not in (torch.float32, torch.bfloat16):
         return F.linear(x, weight, bias)
     x = x.to(dtype)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return Linear.apply(x, weight, bias)
-    return onednn(x, weight if weight.requires_grad else packed(weight), bias)
+    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+        return onednn(x, weight if weight.requires_grad else packed(weight), bias)
+    if dtype == torch.bfloat16:             # goes to oneDNN anyway, and long inputs gain little from packing
+        return F.linear(x, weight, bias)
+    return Linear.apply(x, weight, bias)
 
 
 class Linear(torch.autograd.Function):
-    """`linear` with gradients; a frozen weight is packed for both directions."""
+    """F.linear and its gradients through oneDNN."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return onednn(x, weight.detach() if weight.requires_grad else packed(weight), bias)
+        return onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        into_x = into_weight = into_bias = None
+        rows, into_x, into_weight, into_bias = grad.flatten(0, -2), None, None, None
         if ctx.needs_input_grad[0]:
-            transposed = weight.t().contiguous() if weight.requires_grad else packed(weight, transposed=True)
-            into_x = onednn(grad.contiguous(), transposed)
-        rows = grad.flatten(0, -2)
+            into_x = onednn(grad.contiguous(), weight.t().contiguous())
         if ctx.needs_input_grad[1]:
             into_weight = onednn(rows.t().contiguous(), x.flatten(0, -2).t().contiguous())
         if ctx.needs_input_grad[2]:
@@ -94,7 +94,7 @@ class Linear(torch.autograd.Function):
 
 
 def onednn(x, weight, bias=None):
-    """x @ weight.T + bias with a weight from `packed`, or a plain one."""
+    """x @ weight.T + bias, the weight plain or from `packed`."""
     if POINTWISE is not None:
         return POINTWISE(x, weight, bias, "none", [], "")
     weight = weight if weight.is_mkldnn else weight.to_mkldnn()
@@ -109,14 +109,13 @@ def state_of(weight):
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
-def packed(weight, transposed=False):
-    """`weight`, or its transpose, as oneDNN wants it."""
-    name = "packed_transposed" if transposed else "packed"
-    state, made = getattr(weight, name, (None, None))
+def packed(weight):
+    """`weight` as oneDNN wants it."""
+    state, made = getattr(weight, "packed", (None, None))
     if state != state_of(weight):
-        plain = weight.detach().t().contiguous() if transposed else weight.detach()
+        plain = weight.detach()
         made = plain.to_mkldnn() if POINTWISE is None else torch.ops.mkldnn._reorder_linear_weight(plain)
-        setattr(weight, name, (state_of(weight), made))
+        weight.packed = state_of(weight), made
     return made
 
 

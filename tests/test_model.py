@@ -114,7 +114,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("image", [None, [0, 0, 1, 1, 2], [2, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
 def test_loss_and_gradients_equal_those_of_forwards_logits(frozen, smoothing, image, monkeypatch):
     """And the same for rows that share an image as for copies of it."""
-    monkeypatch.setattr(model_module, "CHUNK", 4)
+    monkeypatch.setattr(model_module, "CHUNK", 32)
     model = tiny_model(std=0.2).freeze(frozen)
     tokens, targets = batch()
     images = torch.randn(5 if image is None else 3, 3, 16, 16)
