@@ -59,6 +59,7 @@ class EvaluateConfig(DecodingConfig):
                             metavar="FILE", const="-")
     weights: str | None = flag(None, "one more folder to look for the frozen backbones in", metavar="DIR")
     batch_size: int = flag(32, "images captioned at once")
+    compile: bool = flag(False, "GPU: decode with CUDA graphs, recorded at first use; pays for many pictures")
     int8: bool = flag(False, "CPU: bfloat16, with GPT-2's weights rounded to 8 bits: faster, less exact")
     seed: int = flag(0, "of sampling")
     dtype: str = flag("auto", "auto: float32 on the CPU, the checkpoint's own on a GPU", choices=cli.DTYPES)
@@ -120,6 +121,8 @@ def run_model(config):
     dtype = torch.bfloat16 if config.int8 else cli.pick_dtype(config.dtype)
     model = VisionGPT.from_pretrained(folder, config.device, dtype, config.weights)
     fast.pack(model.requires_grad_(False), config.int8)
+    if config.compile:
+        fast.record(model)
     data = CaptionSet(config.data or trained.get("data") or DATA, model.need_tokenizer())
     images = data.split(config.split)[: config.limit or None]
     if config.shuffle_images and len(images) < 2:

@@ -1,7 +1,8 @@
-"""The CPU's fast path: linear layers through oneDNN, with weights packed once for it; int8 weights.
+"""Fast paths: on the CPU linear layers through oneDNN and int8 weights, on a GPU decoding as CUDA graphs.
 
     fast.pack(model)                # float32 or bfloat16: the same sums in another order, 2 to 3 times faster
     fast.pack(model, int8=True)     # bfloat16, GPT-2's weights rounded to 8 bits: a little less exact
+    fast.record(model)              # GPU: a token costs one launch instead of hundreds
 
 A model that is not packed computes the same in plain PyTorch. Why it pays: for float32 PyTorch's F.linear
 calls MKL, which on AMD CPUs reaches less than half of what oneDNN does, and packed weights need not be laid out
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cli import UserError
+from gpt2 import KVCache
 
 # oneDNN's linear layer as an eager operator; private to PyTorch, so it may be absent
 POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -129,3 +131,87 @@ def linear_int8(x, weight, bias=None):
         weight.packed_int8 = state_of(weight), made
     out = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), *made).view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
+
+
+# --------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+
+def record(model):
+    """Let `generate` replay recorded token steps on a CUDA device; returns the model.
+
+    A graph is recorded for each text length at first use, for each number of images, beams and tokens.
+    Weights may change in place, but must stay where they are. Raises UserError on another device.
+    """
+    if model.device.type != "cuda":
+        raise UserError("decoding is recorded as CUDA graphs: --compile needs --device cuda")
+    model.recorded = {}
+    return model
+
+
+def replay(model, eager, cache, keys_values, groups, rows, length):
+    """`step` and `select` for decoding.py: `eager` for the prompt, into `cache`, and from there on graphs."""
+    key = groups.n_image, rows, length
+    if key not in model.recorded:
+        model.recorded[key] = Recorded(model, keys_values, groups, rows, length)
+    recorded, begun = model.recorded[key], False
+
+    def select(parents):
+        nonlocal begun
+        if begun:
+            recorded.cache.select(parents)
+        else:
+            recorded.start(keys_values, cache, parents)
+            begun = True
+
+    def step(tokens):
+        if cache.length == 0:
+            return eager(tokens)
+        if not begun:
+            select(torch.arange(rows, device=tokens.device))
+        return recorded.step(tokens)
+
+    return step, select
+
+
+class Recorded:
+    """Token steps of `rows` texts over fixed buffers: cache, newest tokens, visual keys and values, logits."""
+
+    def __init__(self, model, keys_values, groups, rows, length):
+        self.model, self.groups, self.graphs = model, groups, {}
+        weight = model.gpt2.wte.weight
+        self.cache = KVCache(model.gpt2.config, rows, length, weight.device, weight.dtype)
+        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)
+        self.logits = weight.new_empty(rows, len(weight))
+        self.keys_values = {name: torch.empty_like(kv) for name, kv in keys_values.items()}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def start(self, keys_values, cache, parents):
+        """Begin with row parents[i] of `cache`, which holds the prompt, as row i."""
+        for name, kv in keys_values.items():
+            self.keys_values[name].copy_(kv)
+        n = self.cache.length = cache.length
+        self.cache.k[..., :n, :] = cache.k[:, parents, :, :n]
+        self.cache.v[..., :n, :] = cache.v[:, parents, :, :n]
+
+    def step(self, tokens):
+        """The newest tokens (R, 1) -> logits (R, V), which the next step overwrites."""
+        self.tokens.copy_(tokens)
+        n = self.cache.length
+        if n not in self.graphs:
+            side = torch.cuda.Stream()                          # the first run sets libraries up, unrecorded
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.forward(n)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graphs[n] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[n], pool=self.pool):
+                self.forward(n)
+        self.graphs[n].replay()
+        self.cache.length = n + 1
+        return self.logits.clone()
+
+    def forward(self, n):
+        self.cache.length = n
+        x = self.model.hidden(self.tokens, self.keys_values, self.groups, self.cache)
+        self.logits.copy_(self.model.gpt2.logits(x[:, -1]))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+import fast
 import vit as pictures
 from cli import UserError, atomic, nearest, pick_device
 from decoding import DecodingConfig, decode
@@ -52,6 +53,7 @@ class VisionGPT(nn.Module):
         self.config = config = config or VisionGPTConfig()
         self.tokenizer = tokenizer
         self.backbones = {}                 # {"vit": file, "gpt2": file} where they were loaded from files
+        self.recorded = None                # CUDA graphs of decoding, after fast.record
         width, dropout = config.gpt2.n_embd, config.resampler.dropout
         self.vit = vit or ViT(config.vit)
         self.gpt2 = gpt2 or GPT2(config.gpt2)
@@ -207,7 +209,11 @@ class VisionGPT(nn.Module):
         def step(tokens):
             return self.gpt2.logits(self.hidden(tokens, keys_values, groups, cache)[:, -1])
 
-        return decode(step, cache.select, start, config, self.end_id, generator)
+        select = cache.select
+        if self.recorded is not None:
+            rows = B * max(config.num_beams, config.num_return_sequences)
+            step, select = fast.replay(self, step, cache, keys_values, groups, rows, length)
+        return decode(step, select, start, config, self.end_id, generator)
 
     def need_tokenizer(self):
         """The tokenizer. Raises UserError when there is none, or one of another size than the vocabulary."""

@@ -45,6 +45,7 @@ class SampleConfig(DecodingConfig):
                                   "weights/vision-gpt or assets/mini", metavar="DIR")
     weights: str | None = flag(None, "one more folder to look for the frozen backbones in", metavar="DIR")
     batch_size: int = flag(16, "pictures captioned at once")
+    compile: bool = flag(False, "GPU: decode with CUDA graphs, recorded at first use; pays for many pictures")
     int8: bool = flag(False, "CPU: bfloat16, with GPT-2's weights rounded to 8 bits: faster, less exact")
     seed: int = flag(0, "of sampling: same seed, pictures, flags and batch size, same captions")
     dtype: str = flag("auto", "auto: float32 on the CPU, the checkpoint's own on a GPU", choices=cli.DTYPES)
@@ -210,6 +211,8 @@ def main(args=None):
     dtype = torch.bfloat16 if config.int8 else cli.pick_dtype(config.dtype)
     model = VisionGPT.from_pretrained(folder, config.device, dtype, config.weights)
     fast.pack(model.requires_grad_(False), config.int8)
+    if config.compile:
+        fast.record(model)
     generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
     size, drawn = model.config.vit.image_size, DRAWN if config.save or config.attention else 0
     if len(sources) > drawn > 0:

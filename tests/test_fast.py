@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import batch, tiny_model
+from test_model import batch, captioner, tiny_model
 
 import fast
 from cli import UserError
@@ -103,3 +103,32 @@ def test_int8_captions_and_its_limits():
         exact = model(tokens, model.encode(images))[0].float()
         rounded = fast.pack(model, int8=True)(tokens, model.encode(images))[0].float()
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(num_beams=3), dict(num_beams=3, num_return_sequences=2),
+                                      dict(top_k=5, num_return_sequences=2), dict(prompt="a dog")])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_recorded_decoding_gives_the_same_captions(monkeypatch, settings, device):
+    model = captioner().to(device)
+    pictures = [torch.randn(2, 3, 16, 16, device=device) for _ in range(3)]
+
+    def captions():
+        return [model.generate(images, max_length=12, generator=torch.Generator(device).manual_seed(0), **settings)
+                for images in pictures]
+
+    eager = captions()
+    if device == "cuda":
+        fast.record(model)
+    else:                                                     # the buffers alone, without graphs
+        with pytest.raises(UserError, match="--device cuda"):
+            fast.record(model)
+        model.recorded = {}
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+        def step(self, tokens):
+            self.tokens.copy_(tokens)
+            self.forward(self.cache.length)
+            return self.logits.clone()
+        monkeypatch.setattr(fast.Recorded, "step", step)
+    assert captions() == eager and captions() == eager
+    assert len(model.recorded) == 1
