@@ -1,6 +1,7 @@
 """The prepared set, pictures as raw bytes, captions as tokens: written by prepare scripts, read by train."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -175,6 +176,23 @@ class CaptionSet:
         tokens = [self.tokens[self.offset[c] : self.offset[c + 1]] for c, _ in chosen]
         return tokens, [place for _, place in chosen]
 
+    def words(self, images):
+        """How often each token occurs in the captions of each image, (B, V) float32.
+
+        Tokens seen with over 30 % of the training images, such as "a", are left out.
+        """
+        V = self.tokenizer.vocab_size
+        counts = np.stack([np.bincount(np.concatenate(self.rows([i])[0]), minlength=V) for i in images])
+        return (counts * ~self.common).astype(np.float32)
+
+    @functools.cached_property
+    def common(self):
+        train = self.split("train")
+        seen_with = np.zeros(self.tokenizer.vocab_size)
+        for image in train:
+            seen_with[np.unique(np.concatenate(self.rows([image])[0]))] += 1
+        return seen_with > 0.3 * len(train)
+
     def longest(self, images):
         """Tokens of each image's longest caption."""
         lengths = np.diff(self.offset)
@@ -297,8 +315,8 @@ def to_device(batch, device):
     def move(tensor):
         pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
         return pinned.to(device, non_blocking=True)
-    return batch | {"seen": {name: move(t) for name, t in batch["seen"].items()},
-                    "tokens": move(batch["tokens"]), "targets": move(batch["targets"])}
+    flat = {name: move(batch[name]) for name in ("tokens", "targets", "words") if name in batch}
+    return batch | flat | {"seen": {name: move(t) for name, t in batch["seen"].items()}}
 
 
 def load_ahead(make, numbers):

@@ -61,6 +61,8 @@ class TrainConfig:
     patch_dropout: float = flag(0.0, "share of the patches left out of a step, where the ViT is trained")
     word_dropout: float = flag(0.0, "share of the words that GPT-2 has to say without seeing them")
     label_smoothing: float = flag(0.0, "share of each target spread over the vocabulary, in training only")
+    words_loss: float = flag(0.0, "weight of a second loss that teaches a ViT from scratch to see: its mean "
+                                  "patch token alone has to tell the words of the captions")
     augment: bool = flag(False, "random crops and flips; the ViT's features are then not cached")
     blind: bool = flag(False, "replace every picture by the same grey one: the caption-only baseline")
     eval_interval: int = flag(200, "optimizer steps between evaluations")
@@ -81,8 +83,8 @@ class TrainConfig:
         self.out = self.out or f"out/{self.preset}"
         at_least = dict(epochs=1, max_steps=0, batch_size=1, captions_per_image=0, grad_accumulation=1,
                         learning_rate=0, min_lr=0, warmup_steps=0, weight_decay=0, grad_clip=0, dropout=0,
-                        patch_dropout=0, word_dropout=0, label_smoothing=0, seed=0, eval_interval=1,
-                        eval_images=1, save_interval=1, log_interval=1, num_samples=0)
+                        patch_dropout=0, word_dropout=0, label_smoothing=0, words_loss=0, seed=0,
+                        eval_interval=1, eval_images=1, save_interval=1, log_interval=1, num_samples=0)
         for name, low in at_least.items():
             value = getattr(self, name)
             below_one = name.endswith("dropout") or name == "label_smoothing"
@@ -92,6 +94,8 @@ class TrainConfig:
         if (self.vit or self.gpt2) and (self.init_from or self.preset != "flickr8k"):
             raise UserError("--vit and --gpt2 start a model of preset flickr8k: leave them out with "
                             "--init-from or another preset")
+        if self.words_loss and self.train != "all":
+            raise UserError("--words-loss teaches the ViT, which is frozen: add --train all")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with the run, --overwrite throws it away: give one of them")
         if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
@@ -103,9 +107,10 @@ MINI_VOCABULARY = 3072                 # tokens of the BPE that the mini preset 
 
 PRESETS = {
     "flickr8k": {},
-    "mini": dict(train="all", batch_size=64, captions_per_image=2, epochs=80, learning_rate=1e-3, min_lr=1e-5,
-                 warmup_steps=200, weight_decay=0.05, dropout=0.1, patch_dropout=0.5, label_smoothing=0.1,
-                 augment=True, eval_interval=500, eval_images=1000, save_interval=500, log_interval=50),
+    "mini": dict(train="all", batch_size=64, captions_per_image=2, epochs=60, learning_rate=1e-3, min_lr=1e-5,
+                 warmup_steps=200, weight_decay=0.05, dropout=0.1, patch_dropout=0.5, word_dropout=0.2,
+                 label_smoothing=0.1, words_loss=1.0, augment=True, eval_interval=500, eval_images=1000,
+                 save_interval=500, log_interval=50),
     "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=3, learning_rate=1e-3, min_lr=1e-5,
                    dropout=0.0, eval_interval=1000, eval_images=200, save_interval=500, log_interval=100),
 }
@@ -144,16 +149,21 @@ def learning_rate(step, total, cfg):
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
-def make_optimizer(model, cfg):
-    """AdamW over what is trained; weight decay on matrices only, not on norms, biases and latents."""
+def trained_parameters(model, words=None):
+    """{name: parameter} of what is trained, the head of `words_loss` included."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return named | {f"words.{name}": p for name, p in (words.named_parameters() if words else ())}
+
+
+def make_optimizer(named, cfg):
+    """AdamW over {name: parameter}; weight decay on matrices only, not on norms, biases and latents."""
     matrix = {name: p for name, p in named.items()
               if p.ndim >= 2 and not name.endswith(("latents", "_token", "_embed"))}
     other = [p for name, p in named.items() if name not in matrix]
     groups = [{"params": list(matrix.values()), "weight_decay": cfg.weight_decay},
               {"params": other, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.98 if cfg.train == "all" else 0.999),
-                             fused=model.device.type in ("cpu", "cuda"))
+                             fused=other[0].device.type in ("cpu", "cuda"))
 
 
 @torch.no_grad()
@@ -266,6 +276,20 @@ def hide_words(tokens, share, end_id):
     return tokens.masked_fill(hidden, end_id)
 
 
+def words_head(model, data):
+    """The linear layer of `words_loss`; it starts by telling how often each token occurs at all."""
+    head = torch.nn.Linear(model.config.vit.n_embd, data.tokenizer.vocab_size)
+    counts = sum(torch.from_numpy(data.words([i])) for i in data.split("train"))[0]
+    head.weight.data.zero_()
+    head.bias.data.copy_((counts + 0.1).log() - (counts + 0.1).sum().log())
+    return head
+
+
+def words_loss(logits, words):
+    """Mean cross-entropy of logits (B, V), an image's, against the tokens of its captions, counts (B, V)."""
+    return -(words * logits.float().log_softmax(-1)).sum() / words.sum().clamp(min=1)
+
+
 def compute_dtype(name, device):
     """The dtype of forward and backward, None for float32; auto: a GPU's bfloat16 or float16."""
     dtype = cli.pick_dtype(name)
@@ -324,7 +348,8 @@ def run(cfg, state, out):
     model, data = build_model(cfg)
     images = {name: data.split(name) for name in ("train", "val")}
     check_lengths(data, model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    words = words_head(model, data) if cfg.words_loss else None
+    trained = trained_parameters(model, words)
     hashes = {name: checkpoint.read_metadata(file).get("sha256") for name, file in model.backbones.items()}
     if model.frozen and not hashes:                                   # of a complete checkpoint
         hashes = {name: checkpoint.sha256(getattr(model, name).state_dict()) for name in ("vit", "gpt2")}
@@ -340,11 +365,13 @@ def run(cfg, state, out):
         model.vit.to(frozen_dtype)
         model.gpt2.to(frozen_dtype)
     model.to(device)
+    if words:
+        words.to(device)
     if eyes.features is not None:
         model.vit.to("cpu")                                           # its work is done
     if not cfg.compile:
         fast.pack(model)
-    optimizer = make_optimizer(model, cfg)
+    optimizer = make_optimizer(trained, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     step, best, losses = 0, math.inf, []                              # losses: since the last log line
     epoch_size = math.ceil(len(images["train"]) / cfg.batch_size)
@@ -373,8 +400,14 @@ def run(cfg, state, out):
     def make_step(step):
         """The batches of an optimizer step."""
         numbers = range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation)
-        return [collate(data, order(n // epoch_size)[n % epoch_size], eyes,
-                        np.random.default_rng([cfg.seed, 1, n]), cfg.captions_per_image) for n in numbers]
+        made = []
+        for n in numbers:
+            chosen = order(n // epoch_size)[n % epoch_size]
+            made.append(collate(data, chosen, eyes, np.random.default_rng([cfg.seed, 1, n]),
+                                cfg.captions_per_image))
+            if words:
+                made[-1]["words"] = torch.from_numpy(data.words(chosen))
+        return made
 
     @contextlib.contextmanager
     def autocast():
@@ -420,10 +453,14 @@ def run(cfg, state, out):
                 part = to_device(part, device)
                 tokens = hide_words(part["tokens"], cfg.word_dropout, model.end_id)
                 with autocast():
-                    visual = model.encode(**part["seen"])
-                    loss = loss_of(tokens, visual, part["targets"], part["image"],
+                    seen, second = part["seen"], None
+                    if words:
+                        seen = {"features": model.vit(seen["images"])[:, 1:]}
+                        second = words_loss(words(seen["features"].mean(1)), part["words"]) / len(parts)
+                    loss = loss_of(tokens, model.encode(**seen), part["targets"], part["image"],
                                    label_smoothing=cfg.label_smoothing, reduction="sum") / count
-                scaler.scale(loss).backward()
+                    total_loss = loss if second is None else loss + cfg.words_loss * second
+                scaler.scale(total_loss).backward()
                 step_loss = step_loss + loss.detach()
                 captions += len(tokens)
             scaler.unscale_(optimizer)

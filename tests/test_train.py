@@ -33,7 +33,7 @@ from test_checkpoint import save_backbones
 from test_data import make_set
 from test_model import TEXTS, captioner
 from train import (PRESETS, TrainConfig, build_model, learning_rate, make_optimizer, settings, train,
-                   validate)
+                   trained_parameters, validate)
 from vit import normalize
 
 SCRIPT = Path(trainer.__file__)
@@ -181,7 +181,7 @@ def test_a_training_step_is_what_the_formulas_say(part, base, config):
     train(cfg)
     model, data = build_model(cfg)
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, cfg)
+    optimizer = make_optimizer(trained_parameters(model), cfg)
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     moments = state_of(cfg)["optimizer"]["state"]
     found = {name: moments[i]["exp_avg"].double() / (1 - 0.9) for i, name in enumerate(order)}
@@ -563,7 +563,7 @@ def test_optimizer_decays_matrices_of_what_is_trained(part, config):
     cfg = config(train=part, weight_decay=0.3)
     model, _ = build_model(cfg)
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = make_optimizer(model, cfg).param_groups
+    groups = make_optimizer(trained_parameters(model), cfg).param_groups
     decayed, spared = ({names[id(p)] for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and not decayed & spared
     trained = {name for name in names.values() if part == "all" or name.startswith(("resampler.", "xattn."))}
