@@ -389,8 +389,9 @@ def run(cfg, state, out):
         for name in MADE:
             (out / name).unlink(missing_ok=True)
     log = Log(out / "log.jsonl", step, cfg)
-    count = sum(p.numel() for p in model.parameters())
-    say(f"{sum(p.numel() for p in trained.values()):,} of {count:,} parameters trained on "
+    size, count = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only)
+                   for only in (True, False))
+    say(f"{size:,} of {count:,} parameters trained on "
         f"{len(images['train']):,} images of {cfg.data}; {total} steps on {device}, {amp or torch.float32}")
 
     @functools.lru_cache(2)

@@ -800,3 +800,42 @@ def test_word_dropout_hides_its_share_of_the_words():
     hidden = trainer.hide_words(tokens, 0.25, 9999) == 9999
     assert 0.2 < hidden.float().mean() < 0.3
     assert torch.equal(trainer.hide_words(tokens, 0.0, 9999), tokens)
+
+
+@pytest.fixture(scope="module")
+def rare_words(tmp_path_factory):
+    """A prepared set in which most words are seen with few images."""
+    folder = tmp_path_factory.mktemp("rare")
+    make_set(folder, images=60, longest=1)
+    return folder
+
+
+def test_words_loss_is_the_surprise_at_the_words_of_an_images_captions(base, rare_words):
+    data = CaptionSet(rare_words)
+    train_images, end = data.split("train"), data.tokenizer.end_id
+    tokens = {i: [t for row in data.rows([i])[0] for t in row.tolist()] for i in train_images}
+    common = {t for t in range(end) if sum(t in own for own in tokens.values()) > 0.3 * len(train_images)}
+    head = trainer.words_head(base.model, data)
+    chosen = train_images[:3]
+    words = torch.from_numpy(data.words(chosen))
+    rare = [[t for t in tokens[i] if t not in common] for i in chosen]
+    assert common and any(rare) and [row.sum().item() for row in words] == [len(own) for own in rare]
+    every = [t for own in tokens.values() for t in own if t not in common]
+    loss = trainer.words_loss(head(torch.randn(3, 12)), words)         # before training: by frequency alone
+    V = data.tokenizer.vocab_size
+    frequency = {t: (every.count(t) + 0.1) / (len(every) + 0.1 * V) for t in every}
+    expected = -np.mean([math.log(frequency[t]) for own in rare for t in own])
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_words_loss_teaches_the_vit_and_is_no_part_of_the_model(base, rare_words, config):
+    cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"), words_loss=0.5, max_steps=2)
+    train(cfg)                                       # two steps: the first, from zeros, moves the head alone
+    assert {"words.weight", "words.bias"} <= state_of(cfg)["model"].keys()
+    VisionGPT.from_pretrained(cfg.out)                                 # or an unknown tensor is refused
+    without = dataclasses.replace(cfg, words_loss=0.0, overwrite=True)
+    before = state_of(cfg)["model"]["vit.patch_embed.weight"]
+    train(without)
+    assert not torch.equal(before, state_of(cfg)["model"]["vit.patch_embed.weight"])
+    with pytest.raises(UserError, match="--train all"):
+        config(words_loss=0.5)
