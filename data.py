@@ -1,6 +1,7 @@
 """The prepared set, pictures as raw bytes, captions as tokens: written by prepare scripts, read by train."""
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ from PIL import Image
 
 import checkpoint
 import cli
+import fast
 from cli import UserError
 from tokenizer import Tokenizer, pad_captions
 from vit import normalize, resize
@@ -282,8 +284,8 @@ class Eyes:
         if cfg.blind or cfg.augment or cfg.train == "all":
             return
         vit_hash = checkpoint.sha256(model.vit.state_dict())
-        model.vit.to(device=device, dtype=dtype)
-        self.features = torch.from_numpy(cached_features(model.vit, data, vit_hash, device, dtype))
+        vit = fast.pack(copy.deepcopy(model.vit).to(device, dtype))           # packed weights go with the copy
+        self.features = torch.from_numpy(cached_features(vit, data, vit_hash, device, dtype))
         size = self.features.numel() * 2
         if device.type == "cuda" and torch.cuda.mem_get_info()[0] > size + 4e9:   # else streamed
             self.features = self.features.to(device)

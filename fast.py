@@ -4,8 +4,8 @@
     fast.pack(model, int8=True)     # bfloat16, GPT-2's weights rounded to 8 bits: a little less exact
     fast.record(model)              # GPU: a token costs one launch instead of hundreds
 
-A model that is not packed computes the same in plain PyTorch. Why it pays: for float32 PyTorch's F.linear
-calls MKL, which on AMD CPUs reaches less than half of what oneDNN does, and packed weights need not be laid out
+A model left alone computes the same in plain PyTorch. Why packing pays: for float32 PyTorch's F.linear calls
+MKL, which on AMD CPUs reaches less than half of what oneDNN does, and packed weights need not be laid out
 anew for every token.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cli import UserError
-from gpt2 import KVCache
+from gpt2 import GPT2, KVCache
 
 # oneDNN's linear layer as an eager operator; private to PyTorch, so it may be absent
 POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -28,28 +28,29 @@ def available():
     return torch.backends.mkldnn.is_available()
 
 
-def pack(model, int8=False):
-    """Make linear layers and head of a VisionGPT on the CPU compute through oneDNN; returns the model.
+def pack(module, int8=False):
+    """Make the linear layers and head of a model on the CPU compute through oneDNN; returns the model.
 
-    Only frozen weights are packed, at first use: `fast.pack(model.requires_grad_(False))` to caption. Parameters
-    stay what and where they are; load_state_dict, `.to` and in-place changes are noticed, edits through `.data`
-    are not. With `int8` GPT-2's weights, cross-attention's and the
-    head are rounded to 8 bits for each output row, while activations stay bfloat16, so that GPT-2's few very
-    large channels cost nothing; raises UserError unless the model is in bfloat16 on the CPU.
+    Only frozen weights are packed, at first use: `fast.pack(model.requires_grad_(False))` to caption. The
+    parameters stay what they are; load_state_dict, `.to` and in-place changes are noticed, edits through
+    `.data` are not. With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits for each output row,
+    while activations stay bfloat16, so that GPT-2's few very large channels cost nothing; raises UserError
+    unless the model is in bfloat16 on the CPU.
     """
-    if int8 and (model.device.type != "cpu" or model.gpt2.wte.weight.dtype != torch.bfloat16):
+    first = next(module.parameters())
+    if int8 and (first.device.type != "cpu" or first.dtype != torch.bfloat16):
         raise UserError("int8 weights need a model in bfloat16 on the CPU: use --dtype bfloat16 --device cpu")
-    if model.device.type != "cpu" or not available():
-        return model
-    if model.gpt2.wte.weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if first.device.type != "cpu" or not available():
+        return module
+    if first.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print("this CPU has no bfloat16 arithmetic: --dtype float32 will be faster", file=sys.stderr)
-    for part in (model.vit, model.resampler, model.xattn, model.gpt2):
-        rounded = int8 and part in (model.xattn, model.gpt2)
-        for module in part.modules():
-            if isinstance(module, nn.Linear):
-                module.forward = types.MethodType(forward_int8 if rounded else forward, module)
-    model.gpt2.linear = linear_int8 if int8 else linear
-    return model
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            rounded = int8 and name.startswith(("gpt2.", "xattn."))
+            part.forward = types.MethodType(forward_int8 if rounded else forward, part)
+        elif isinstance(part, GPT2):
+            part.linear = linear_int8 if int8 else linear
+    return module
 
 
 def forward(module, x):
@@ -175,7 +176,7 @@ def replay(model, eager, cache, keys_values, groups, rows, length):
 
 
 class Recorded:
-    """Token steps of `rows` texts over fixed buffers: cache, newest tokens, visual keys and values, logits."""
+    """Token steps of `rows` texts over fixed buffers: cache, newest tokens, keys and values, logits."""
 
     def __init__(self, model, keys_values, groups, rows, length):
         self.model, self.groups, self.graphs = model, groups, {}

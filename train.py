@@ -365,10 +365,10 @@ def run(cfg, state, out):
         model.vit.to(frozen_dtype)
         model.gpt2.to(frozen_dtype)
     model.to(device)
-    if words:
-        words.to(device)
     if eyes.features is not None:
         model.vit.to("cpu")                                           # its work is done
+    if words:
+        words.to(device)
     if not cfg.compile:
         fast.pack(model)
     optimizer = make_optimizer(trained, cfg)
@@ -389,8 +389,8 @@ def run(cfg, state, out):
         for name in MADE:
             (out / name).unlink(missing_ok=True)
     log = Log(out / "log.jsonl", step, cfg)
-    size, count = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only)
-                   for only in (True, False))
+    count = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{size:,} of {count:,} parameters trained on "
         f"{len(images['train']):,} images of {cfg.data}; {total} steps on {device}, {amp or torch.float32}")
 
