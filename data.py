@@ -284,7 +284,7 @@ class Eyes:
         if cfg.blind or cfg.augment or cfg.train == "all":
             return
         vit_hash = checkpoint.sha256(model.vit.state_dict())
-        vit = fast.pack(copy.deepcopy(model.vit).to(device, dtype))           # packed weights go with the copy
+        vit = fast.pack(copy.deepcopy(model.vit).to(device, dtype))        # packed weights go with the copy
         self.features = torch.from_numpy(cached_features(vit, data, vit_hash, device, dtype))
         size = self.features.numel() * 2
         if device.type == "cuda" and torch.cuda.mem_get_info()[0] > size + 4e9:   # else streamed

@@ -33,9 +33,9 @@ def pack(module, int8=False):
 
     Only frozen weights are packed, at first use: `fast.pack(model.requires_grad_(False))` to caption. The
     parameters stay what they are; load_state_dict, `.to` and in-place changes are noticed, edits through
-    `.data` are not. With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits for each output row,
-    while activations stay bfloat16, so that GPT-2's few very large channels cost nothing; raises UserError
-    unless the model is in bfloat16 on the CPU.
+    `.data` are not. With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale
+    for each output row, while activations stay bfloat16, so that GPT-2's few very large channels cost
+    nothing; raises UserError unless the model is in bfloat16 on the CPU.
     """
     first = next(module.parameters())
     if int8 and (first.device.type != "cpu" or first.dtype != torch.bfloat16):
