@@ -301,3 +301,10 @@ def test_words_hold_every_token_once_and_spell_the_caption(model, text):
     for sign in ".,!":
         spelled = spelled.replace(f" {sign}", sign)
     assert spelled == text
+
+
+def test_int8_captions_and_compile_wants_a_gpu(run):
+    status, out, err = run("photos/img2.PNG", "--int8")
+    assert (status, err) == (0, "") and out.strip()
+    with pytest.raises(UserError, match="--device cuda"):
+        run("photos/img2.PNG", "--compile", "--device", "cpu")
