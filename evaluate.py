@@ -67,6 +67,8 @@ class EvaluateConfig(DecodingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.int8 and self.dtype not in ("auto", "bfloat16", "bf16"):
+            raise UserError(f"--int8 computes in bfloat16: leave --dtype {self.dtype} out")
         for name, low in dict(limit=0, worst=0, batch_size=1).items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least {low}")

@@ -23,33 +23,44 @@ from gpt2 import GPT2, KVCache
 POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def available():
-    """Whether this build of PyTorch has oneDNN, packed or not."""
-    return torch.backends.mkldnn.is_available()
+def available(dtype=torch.float32):
+    """Whether oneDNN multiplies matrices of `dtype` here: bfloat16 needs a CPU that has it."""
+    return torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack(module, int8=False):
+def pack(module, int8=False, copies=True):
     """Make the linear layers and head of a model on the CPU compute through oneDNN; returns the model.
 
-    Only frozen weights are packed, at first use: `fast.pack(model.requires_grad_(False))` to caption. The
-    parameters stay what they are; load_state_dict, `.to` and in-place changes are noticed, edits through
-    `.data` are not. With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale
-    for each output row, while activations stay bfloat16, so that GPT-2's few very large channels cost
-    nothing; raises UserError unless the model is in bfloat16 on the CPU.
+    With `copies` frozen weights are packed at first use, which takes their memory again: to caption, call
+    `fast.pack(model.requires_grad_(False))`. The parameters stay what they are; load_state_dict, `.to` and
+    in-place changes are noticed, edits through `.data` are not. With `int8` the weights of GPT-2 and
+    cross-attention are rounded to 8 bits, with a scale for each output row, while activations stay bfloat16,
+    so that GPT-2's few very large channels cost nothing; raises UserError unless the model is in bfloat16 on
+    the CPU.
     """
     first = next(module.parameters())
     if int8 and (first.device.type != "cpu" or first.dtype != torch.bfloat16):
         raise UserError("int8 weights need a model in bfloat16 on the CPU: use --dtype bfloat16 --device cpu")
-    if first.device.type != "cpu" or not available():
+    if first.device.type != "cpu":
         return module
-    if first.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    quick = available(first.dtype)
+    if first.dtype == torch.bfloat16 and not quick:
         print("this CPU has no bfloat16 arithmetic: --dtype float32 will be faster", file=sys.stderr)
     for name, part in module.named_modules():
+        rounded = int8 and name.startswith(("gpt2", "xattn"))
+        if not (rounded or quick):
+            continue
         if isinstance(part, nn.Linear):
-            rounded = int8 and name.startswith(("gpt2.", "xattn."))
             part.forward = types.MethodType(forward_int8 if rounded else forward, part)
+            weight = part.weight
         elif isinstance(part, GPT2):
-            part.linear = linear_int8 if int8 else linear
+            part.linear = linear_int8 if rounded else linear
+            weight = part.wte.weight
+        else:
+            continue
+        if copies and not rounded and not weight.requires_grad:
+            weight.packed = None, None
     return module
 
 
@@ -68,11 +79,13 @@ def linear(x, weight, bias=None):
     if x.device.type != "cpu" or weight.dtype != dtype or dtype not in (torch.float32, torch.bfloat16):
         return F.linear(x, weight, bias)
     x = x.to(dtype)
-    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        return onednn(x, weight if weight.requires_grad else packed(weight), bias)
+    inputs = x, weight, bias
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
+        keep = hasattr(weight, "packed") and not weight.requires_grad
+        return onednn(x, packed(weight) if keep else weight, bias)
     if dtype == torch.bfloat16:             # goes to oneDNN anyway, and long inputs gain little from packing
         return F.linear(x, weight, bias)
-    return Linear.apply(x, weight, bias)
+    return Linear.apply(*inputs)
 
 
 class Linear(torch.autograd.Function):
@@ -114,7 +127,7 @@ def state_of(weight):
 
 def packed(weight):
     """`weight` as oneDNN wants it."""
-    state, made = getattr(weight, "packed", (None, None))
+    state, made = weight.packed
     if state != state_of(weight):
         plain = weight.detach()
         made = plain.to_mkldnn() if POINTWISE is None else torch.ops.mkldnn._reorder_linear_weight(plain)
@@ -152,7 +165,7 @@ def record(model):
 
 def replay(model, eager, cache, keys_values, groups, rows, length):
     """`step` and `select` for decoding.py: `eager` for the prompt, into `cache`, and from there on graphs."""
-    key = groups.n_image, rows, length
+    key = len(keys_values), groups.n_image, rows, length                         # no image: plain GPT-2
     if key not in model.recorded:
         model.recorded[key] = Recorded(model, keys_values, groups, rows, length)
     recorded, begun = model.recorded[key], False
@@ -185,7 +198,7 @@ class Recorded:
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)
         self.logits = weight.new_empty(rows, len(weight))
         self.keys_values = {name: torch.empty_like(kv) for name, kv in keys_values.items()}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(weight.device)
 
     def start(self, keys_values, cache, parents):
         """Begin with row parents[i] of `cache`, which holds the prompt, as row i."""
@@ -196,21 +209,26 @@ class Recorded:
         self.cache.v[..., :n, :] = cache.v[:, parents, :, :n]
 
     def step(self, tokens):
-        """The newest tokens (R, 1) -> logits (R, V), which the next step overwrites."""
+        """The newest tokens (R, 1) -> logits (R, V)."""
         self.tokens.copy_(tokens)
         n = self.cache.length
         if n not in self.graphs:
-            side = torch.cuda.Stream()                          # the first run sets libraries up, unrecorded
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.forward(n)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graphs[n] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[n], pool=self.pool):
-                self.forward(n)
+            self.graphs[n] = self.capture(n)
         self.graphs[n].replay()
         self.cache.length = n + 1
-        return self.logits.clone()
+        return self.logits.clone()                                  # decoding.py changes them in place
+
+    def capture(self, n):
+        """The step after n tokens as a CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.tokens.device):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):                      # libraries set themselves up, unrecorded
+                self.forward(n)
+            torch.cuda.current_stream().wait_stream(self.side)
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.forward(n)
+        return graph
 
     def forward(self, n):
         self.cache.length = n

@@ -60,6 +60,8 @@ class SampleConfig(DecodingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.int8 and self.dtype not in ("auto", "bfloat16", "bf16"):
+            raise UserError(f"--int8 computes in bfloat16: leave --dtype {self.dtype} out")
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}, but must be at least 1")
         for name in ("json", "csv", "save", "attention"):

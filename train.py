@@ -94,8 +94,8 @@ class TrainConfig:
         if (self.vit or self.gpt2) and (self.init_from or self.preset != "flickr8k"):
             raise UserError("--vit and --gpt2 start a model of preset flickr8k: leave them out with "
                             "--init-from or another preset")
-        if self.words_loss and self.train != "all":
-            raise UserError("--words-loss teaches the ViT, which is frozen: add --train all")
+        if (self.words_loss or self.patch_dropout) and self.train != "all":
+            raise UserError("--words-loss and --patch-dropout are for a ViT that is trained: add --train all")
         if self.resume and self.overwrite:
             raise UserError("--resume goes on with the run, --overwrite throws it away: give one of them")
         if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
@@ -286,8 +286,8 @@ def words_head(model, data):
 
 
 def words_loss(logits, words):
-    """Mean cross-entropy of logits (B, V), an image's, against the tokens of its captions, counts (B, V)."""
-    return -(words * logits.float().log_softmax(-1)).sum() / words.sum().clamp(min=1)
+    """Summed cross-entropy of an image's logits (B, V) against its captions' tokens, counts (B, V)."""
+    return -(words * logits.float().log_softmax(-1)).sum()
 
 
 def compute_dtype(name, device):
@@ -369,8 +369,8 @@ def run(cfg, state, out):
         model.vit.to("cpu")                                           # its work is done
     if words:
         words.to(device)
-    if not cfg.compile:
-        fast.pack(model)
+    if device.type == "cpu" and not cfg.compile:
+        fast.pack(model, copies=False)
     optimizer = make_optimizer(trained, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     step, best, losses = 0, math.inf, []                              # losses: since the last log line
@@ -450,6 +450,7 @@ def run(cfg, state, out):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             count, step_loss = sum(part["count"] for part in parts), 0.0
+            n_words = max(1, sum(part["words"].sum().item() for part in parts)) if words else 1
             for part in parts:
                 part = to_device(part, device)
                 tokens = hide_words(part["tokens"], cfg.word_dropout, model.end_id)
@@ -457,7 +458,7 @@ def run(cfg, state, out):
                     seen, second = part["seen"], None
                     if words:
                         seen = {"features": model.vit(seen["images"])[:, 1:]}
-                        second = words_loss(words(seen["features"].mean(1)), part["words"]) / len(parts)
+                        second = words_loss(words(seen["features"].mean(1)), part["words"]) / n_words
                     loss = loss_of(tokens, model.encode(**seen), part["targets"], part["image"],
                                    label_smoothing=cfg.label_smoothing, reduction="sum") / count
                     total_loss = loss if second is None else loss + cfg.words_loss * second

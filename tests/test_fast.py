@@ -1,6 +1,7 @@
 """oneDNN's packed layers compute what plain PyTorch does; int8 weights nearly so, outlier channels or not."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def test_pack_leaves_the_captions_as_they_were(monkeypatch, operator, beams):
     model = tiny_model()
     packed = fast.pack(copy.deepcopy(model).requires_grad_(False))
     images, config = torch.randn(3, 3, 16, 16), DecodingConfig(num_beams=beams, max_length=12, min_length=12)
-    (plain, scores), (tokens, packed_scores) = (m.generate_tokens(config, images=images) for m in (model, packed))
+    plain, scores = model.generate_tokens(config, images=images)
+    tokens, packed_scores = packed.generate_tokens(config, images=images)
     assert tokens == plain
     assert packed_scores == pytest.approx(scores, rel=1e-4)
     assert len(set(map(tuple, plain))) > 1                     # else the images would not matter
@@ -93,6 +95,26 @@ def test_int8_weights_bear_outlier_channels():
     assert torch.allclose(with_bias[:, 0].float(), (fast.linear_int8(x, weight) + bias).float())
 
 
+def test_a_bias_alone_can_be_trained():
+    linear = fast.pack(torch.nn.Linear(8, 4))
+    linear.weight.requires_grad_(False)
+    linear(torch.randn(3, 8)).sum().backward()
+    assert torch.equal(linear.bias.grad, torch.full((4,), 3.0))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_pack_leaves_bfloat16_alone_on_a_cpu_without_it(monkeypatch, capsys, int8):
+    monkeypatch.setattr(fast, "available", lambda dtype: dtype == torch.float32)
+    model, images = tiny_model().bfloat16().requires_grad_(False), torch.randn(2, 3, 16, 16)
+    plain = DecodingConfig(max_length=5)
+    expected = model.generate_tokens(plain, images=images)
+    fast.pack(model, int8)
+    assert "float32 will be faster" in capsys.readouterr().err
+    assert "forward" not in vars(model.vit.blocks[0].attn.qkv)
+    assert (model.gpt2.linear is fast.linear_int8) == int8
+    assert int8 or model.generate_tokens(plain, images=images) == expected
+
+
 def test_int8_captions_and_its_limits():
     model = tiny_model()
     with pytest.raises(UserError, match="bfloat16"):
@@ -113,8 +135,9 @@ def test_recorded_decoding_gives_the_same_captions(monkeypatch, settings, device
     pictures = [torch.randn(2, 3, 16, 16, device=device) for _ in range(3)]
 
     def captions():
-        return [model.generate(images, max_length=12, generator=torch.Generator(device).manual_seed(0), **settings)
-                for images in pictures]
+        seen, seed = [*pictures, None, pictures[0][:1], None], torch.Generator(device)     # None: plain GPT-2
+        return [model.generate(images, max_length=12, generator=seed.manual_seed(0), **settings)
+                for images in seen]
 
     eager = captions()
     if device == "cuda":
@@ -124,11 +147,8 @@ def test_recorded_decoding_gives_the_same_captions(monkeypatch, settings, device
             fast.record(model)
         model.recorded = {}
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-
-        def step(self, tokens):
-            self.tokens.copy_(tokens)
-            self.forward(self.cache.length)
-            return self.logits.clone()
-        monkeypatch.setattr(fast.Recorded, "step", step)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+        monkeypatch.setattr(fast.Recorded, "capture", lambda self, n: SimpleNamespace(
+            replay=lambda: self.forward(n)))
     assert captions() == eager and captions() == eager
-    assert len(model.recorded) == 1
+    assert len(model.recorded) == 3

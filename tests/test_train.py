@@ -821,7 +821,7 @@ def test_words_loss_is_the_surprise_at_the_words_of_an_images_captions(base, rar
     rare = [[t for t in tokens[i] if t not in common] for i in chosen]
     assert common and any(rare) and [row.sum().item() for row in words] == [len(own) for own in rare]
     every = [t for own in tokens.values() for t in own if t not in common]
-    loss = trainer.words_loss(head(torch.randn(3, 12)), words)         # before training: by frequency alone
+    loss = trainer.words_loss(head(torch.randn(3, 12)), words) / words.sum()     # untrained: frequency alone
     V = data.tokenizer.vocab_size
     frequency = {t: (every.count(t) + 0.1) / (len(every) + 0.1 * V) for t in every}
     expected = -np.mean([math.log(frequency[t]) for own in rare for t in own])
@@ -829,7 +829,8 @@ def test_words_loss_is_the_surprise_at_the_words_of_an_images_captions(base, rar
 
 
 def test_words_loss_teaches_the_vit_and_is_no_part_of_the_model(base, rare_words, config):
-    cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"), words_loss=0.5, max_steps=2)
+    cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"), words_loss=0.5,
+                 max_steps=2)
     train(cfg)                                       # two steps: the first, from zeros, moves the head alone
     assert {"words.weight", "words.bias"} <= state_of(cfg)["model"].keys()
     VisionGPT.from_pretrained(cfg.out)                                 # or an unknown tensor is refused
@@ -839,3 +840,42 @@ def test_words_loss_teaches_the_vit_and_is_no_part_of_the_model(base, rare_words
     assert not torch.equal(before, state_of(cfg)["model"]["vit.patch_embed.weight"])
     with pytest.raises(UserError, match="--train all"):
         config(words_loss=0.5)
+
+
+def test_a_run_with_all_that_is_random_goes_on_as_if_nothing_had_been(base, rare_words, config, monkeypatch):
+    cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"), words_loss=0.5,
+                 patch_dropout=0.5, word_dropout=0.2, captions_per_image=1, grad_accumulation=2, augment=True,
+                 max_steps=6, save_interval=3, dropout=0.1, label_smoothing=0.1, batch_size=4)
+    train(cfg)
+    broken, calls, hide_words = dataclasses.replace(cfg, out=cfg.out + "-broken"), [], trainer.hide_words
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 9:                                            # in step 5, after the save at 3
+            raise ZeroDivisionError
+        return hide_words(*args)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(trainer, "hide_words", stop)
+        train(broken)
+    assert state_of(broken)["step"] == 3
+    go_on(broken)
+    assert flat(state_of(broken)["model"]) == flat(state_of(cfg)["model"])
+
+
+def test_words_loss_weighs_words_alike_however_a_step_is_cut(base, rare_words, config):
+    for batch_size, parts in ((8, 1), (4, 2)):
+        cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"),
+                     words_loss=0.5, batch_size=batch_size, grad_accumulation=parts, dropout=0.0,
+                     grad_clip=0.0, out=str(base.folder / f"words{parts}"), overwrite=True)
+        with pytest.MonkeyPatch.context() as patch:                    # the same images in the same order
+            patch.setattr(trainer, "batches", lambda data, images, size, seed, epoch:
+                          [images[i : i + size] for i in range(0, len(images), size)])
+            train(cfg)
+    model, data = build_model(cfg)
+    named = trained_parameters(model, trainer.words_head(model, data))
+    groups = make_optimizer(named, cfg).param_groups
+    order = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
+    head = order[id(named["words.weight"])]
+    a, b = (torch.load(base.folder / f"words{n}" / "training_state.pt")["optimizer"]["state"][head]["exp_avg"]
+            for n in (1, 2))
+    assert a.norm() > 0 and (a - b).norm() <= 1e-4 * a.norm()
