@@ -32,7 +32,7 @@ def test_readme_names_only_known_programs():
 
 
 SETTINGS = {"prepare_flickr8k.py": "PrepareConfig", "convert_weights.py": "ConvertConfig",
-            "train.py": "TrainConfig", "sample.py": "SampleConfig", "evaluate.py": "EvaluateConfig"}
+            "train.py": "TrainConfig", "sample.py": "SampleConfig", "evaluate.py": "EvaluateConfig", "bench.py": "BenchConfig"}
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
@@ -47,6 +47,15 @@ def test_readme_command_has_flags_and_values_that_exist(command):
 def test_readme_script_explains_itself(script):
     done = run([script, "--help"], ROOT)
     assert done.returncode == 0 and f"python {script}" in done.stdout, done.stderr
+
+
+def test_readme_first_command_captions_the_examples(tmp_path):
+    """From any folder: the model and the pictures come with the project."""
+    done = run([str(ROOT / "sample.py")], tmp_path)
+    assert done.returncode == 0 and "assets/mini" in done.stderr, done.stderr
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert len(rows) == 4 and all(len(caption.split()) > 3 for _, caption in rows)
+    assert len({caption for _, caption in rows}) > 2
 
 
 def test_readme_shapes_run_trains_and_captions(tmp_path):
