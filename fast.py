@@ -32,8 +32,8 @@ def available(dtype=torch.float32):
 def pack(module, int8=False, copies=True):
     """Make the linear layers and head of a model on the CPU compute through oneDNN; returns the model.
 
-    With `copies` frozen weights are packed at first use, which takes their memory again: to caption, call
-    `fast.pack(model.requires_grad_(False))`. The parameters stay what they are; load_state_dict, `.to` and
+    With `copies` frozen weights are packed at first use, which takes their memory again (twice where gradients
+    pass), else the head alone. To caption, call `fast.pack(model.requires_grad_(False))`. The parameters stay what they are; load_state_dict, `.to` and
     in-place changes are noticed, edits through `.data` are not. With `int8` the weights of GPT-2 and
     cross-attention are rounded to 8 bits, with a scale for each output row, while activations stay bfloat16,
     so that GPT-2's few very large channels cost nothing; raises UserError unless the model is in bfloat16 on
@@ -59,8 +59,8 @@ def pack(module, int8=False, copies=True):
             weight = part.wte.weight
         else:
             continue
-        if copies and not rounded and not weight.requires_grad:
-            weight.packed = None, None
+        if not rounded and (copies or isinstance(part, GPT2)):
+            weight.packed = {}
     return module
 
 
@@ -79,13 +79,9 @@ def linear(x, weight, bias=None):
     if x.device.type != "cpu" or weight.dtype != dtype or dtype not in (torch.float32, torch.bfloat16):
         return F.linear(x, weight, bias)
     x = x.to(dtype)
-    inputs = x, weight, bias
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
-        keep = hasattr(weight, "packed") and not weight.requires_grad
-        return onednn(x, packed(weight) if keep else weight, bias)
-    if dtype == torch.bfloat16:             # goes to oneDNN anyway, and long inputs gain little from packing
-        return F.linear(x, weight, bias)
-    return Linear.apply(*inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return Linear.apply(x, weight, bias)
+    return onednn(x, packed(weight), bias)
 
 
 class Linear(torch.autograd.Function):
@@ -94,14 +90,14 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return onednn(x, weight, bias)
+        return onednn(x, packed(weight), bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows, into_x, into_weight, into_bias = grad.flatten(0, -2), None, None, None
         if ctx.needs_input_grad[0]:
-            into_x = onednn(grad.contiguous(), weight.t().contiguous())
+            into_x = onednn(grad.contiguous(), packed(weight, transposed=True))
         if ctx.needs_input_grad[1]:
             into_weight = onednn(rows.t().contiguous(), x.flatten(0, -2).t().contiguous())
         if ctx.needs_input_grad[2]:
@@ -125,13 +121,16 @@ def state_of(weight):
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
-def packed(weight):
-    """`weight` as oneDNN wants it."""
-    state, made = weight.packed
+def packed(weight, transposed=False):
+    """`weight`, or its transpose, as oneDNN wants it; as it is if it is trained or no copy shall be kept."""
+    plain = weight.detach()
+    if weight.requires_grad or not hasattr(weight, "packed"):
+        return plain.t().contiguous() if transposed else plain
+    state, made = weight.packed.get(transposed, (None, None))
     if state != state_of(weight):
-        plain = weight.detach()
+        plain = plain.t().contiguous() if transposed else plain
         made = plain.to_mkldnn() if POINTWISE is None else torch.ops.mkldnn._reorder_linear_weight(plain)
-        weight.packed = state_of(weight), made
+        weight.packed[transposed] = state_of(weight), made
     return made
 
 
