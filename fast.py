@@ -32,12 +32,12 @@ def available(dtype=torch.float32):
 def pack(module, int8=False, copies=True):
     """Make the linear layers and head of a model on the CPU compute through oneDNN; returns the model.
 
-    With `copies` frozen weights are packed at first use, which takes their memory again (twice where gradients
-    pass), else the head alone. To caption, call `fast.pack(model.requires_grad_(False))`. The parameters stay what they are; load_state_dict, `.to` and
-    in-place changes are noticed, edits through `.data` are not. With `int8` the weights of GPT-2 and
-    cross-attention are rounded to 8 bits, with a scale for each output row, while activations stay bfloat16,
-    so that GPT-2's few very large channels cost nothing; raises UserError unless the model is in bfloat16 on
-    the CPU.
+    With `copies` frozen weights are packed at first use, which takes their memory again, else the head alone.
+    To caption, call `fast.pack(model.requires_grad_(False))`. The parameters stay what they are;
+    load_state_dict, `.to` and in-place changes are noticed, edits through `.data` are not. With `int8` the
+    weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale for each output row, while
+    activations stay bfloat16, so that GPT-2's few very large channels cost nothing; raises UserError unless
+    the model is in bfloat16 on the CPU.
     """
     first = next(module.parameters())
     if int8 and (first.device.type != "cpu" or first.dtype != torch.bfloat16):

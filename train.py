@@ -366,7 +366,7 @@ def run(cfg, state, out):
         model.gpt2.to(frozen_dtype)
     model.to(device)
     if eyes.features is not None:
-        model.vit.to("meta" if kept else "cpu")                       # its work is done; saved with no other file
+        model.vit.to("meta" if kept else "cpu")                       # its work is done, its file remains
     if words:
         words.to(device)
     if device.type == "cpu" and not cfg.compile:

@@ -32,7 +32,8 @@ def test_readme_names_only_known_programs():
 
 
 SETTINGS = {"prepare_flickr8k.py": "PrepareConfig", "convert_weights.py": "ConvertConfig",
-            "train.py": "TrainConfig", "sample.py": "SampleConfig", "evaluate.py": "EvaluateConfig", "bench.py": "BenchConfig"}
+            "train.py": "TrainConfig", "sample.py": "SampleConfig", "evaluate.py": "EvaluateConfig",
+            "bench.py": "BenchConfig"}
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
