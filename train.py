@@ -365,12 +365,12 @@ def run(cfg, state, out):
         model.vit.to(frozen_dtype)
         model.gpt2.to(frozen_dtype)
     model.to(device)
+    if device.type == "cpu" and not cfg.compile:
+        fast.pack(model, copies=False)                                # long inputs gain nothing by them
     if eyes.features is not None:
         model.vit.to("meta" if kept else "cpu")                       # its work is done, its file remains
     if words:
         words.to(device)
-    if device.type == "cpu" and not cfg.compile:
-        fast.pack(model, copies=False)                                # long inputs gain nothing by them
     optimizer = make_optimizer(trained, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     step, best, losses = 0, math.inf, []                              # losses: since the last log line
