@@ -8,8 +8,8 @@ Weights and captions are random, the sizes those of ViT-B/16 and GPT-2, and 20 t
 medians, and what is compared runs in turn. A floor is the counted arithmetic at the speed of the fastest
 matrix product found here; for decoding, if that takes longer, the weights read at the measured bandwidth.
 HF is Hugging Face's VisionEncoderDecoderModel of the same sizes, with cross-attention in all 12 blocks where
-ours has it in 3; "medium" is its float32 matmul precision. The original's way runs the ViT anew for every
-word, keeps no keys and values, pads texts to 256 tokens and computes all logits: 2 words are timed, times 10.
+ours has it in 3; "medium" is its float32 matmul precision. The original's way is told in baselines.py; of a
+caption its first and last word are timed, times 10.
 """
 
 import contextlib
@@ -42,6 +42,7 @@ import fast
 import layouts
 import metrics
 import runs
+from baselines import hugging_face, hugging_face_captions, original_steps, original_word
 from cli import UserError, flag
 from data import CaptionSet, batches, cached_features, collate, load_ahead, to_device, write_images, write_set
 from decoding import DecodingConfig
@@ -55,7 +56,6 @@ from vit import ViT, ViTConfig, load_image, resize
 
 ROOT, CPU = Path(__file__).parent, torch.device("cpu")
 WORDS = 20                             # tokens of every caption
-PADDED = 256                           # text positions of the original's way
 ORIGINAL = "original's way"
 DTYPES = {"plain": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
           "int8": torch.bfloat16, "bf16 graphs": torch.bfloat16}
@@ -171,38 +171,6 @@ def ours(model, images, beams):
     return model.generate_tokens(config, images=images)[0]
 
 
-@torch.inference_mode()
-def original_caption(model, images, words, padded=PADDED):
-    """Greedy decoding in the original's way, everything anew for every word -> tokens (B, words)."""
-    text = torch.full((len(images), padded), model.end_id, device=images.device)
-    with sdpa_kernel(SDPBackend.MATH):                      # attention's matrices in full, as there
-        for n in range(words):
-            logits, _ = model(text, model.encode(images))   # (B, padded, V)
-            logits[:, n, model.end_id] = -torch.inf
-            text[:, n + 1] = logits[:, n].argmax(-1)
-    return text[:, 1 : words + 1]
-
-
-def hugging_face():
-    """Hugging Face's captioner; ViT-B/16 and GPT-2 are its defaults."""
-    import transformers as hf
-    encoder = hf.ViTModel(hf.ViTConfig(), add_pooling_layer=False)
-    decoder = hf.GPT2LMHeadModel(hf.GPT2Config(add_cross_attention=True, is_decoder=True))
-    return hf.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
-
-
-def theirs(model, images, beams, precision=None):
-    """The start token and WORDS more for each image; a matmul precision is set for this call alone."""
-    end, before = model.decoder.config.eos_token_id, torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(precision or before)
-        return model.generate(images.to(model.dtype), num_beams=beams, do_sample=False, eos_token_id=end,
-                              min_new_tokens=WORDS, max_new_tokens=WORDS, decoder_start_token_id=end,
-                              pad_token_id=0)              # never written; the end token's would warn
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def caption_flops(config, batch, beams):
     """Operations of (encoding, decoding) a batch; the first word is chosen before there are beams."""
     with torch.device("meta"):
@@ -230,6 +198,12 @@ def caption_floor(model, kind, flops, device):
     read = WORDS * weights * (1 if kind == "int8" else DTYPES[kind].itemsize) / ceilings(device)["read"]
     encoding, decoding = (count / fastest(kind, device) for count in flops)
     return encoding + max(decoding, read)
+
+
+def original_ends(model, images):
+    """The first and the last word of a caption in the original's way; between them the cost grows evenly."""
+    for length in (1, WORDS):
+        original_word(model, images, torch.full((len(images), length), model.end_id, device=images.device))
 
 
 # batch, beams, repeats, contenders; on a GPU every one at every size
@@ -268,9 +242,9 @@ def caption(device, quick):
     for batch, beams, repeats, names in plan:
         images, flops = pictures[:batch], caption_flops(model.config, batch, beams)
         ways = {kind: partial(ours, own, images, beams) for kind, own in models.items()}
-        ways |= {name: partial(theirs, other, images, beams, "medium" if "medium" in name else None)
+        ways |= {name: partial(hugging_face_captions, other, images, WORDS, beams, "medium" if "medium" in name else None)
                  for name, other in others.items()}
-        ways[ORIGINAL] = partial(original_caption, models["plain"], images, 2)
+        ways[ORIGINAL] = partial(original_ends, models["plain"], images)
         seconds = in_turn({name: ways[name] for name in names if name in ways}, repeats, device,
                           f"captions, batch {batch}, {beams} beams")
         for name, s in seconds.items():
@@ -354,24 +328,6 @@ def fusion_steps(model, kind, device, batch_size, resident=0):
             torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return take
-
-
-def original_steps(model, device, rows):
-    """A function that takes n optimizer steps in the original's way: `rows` captions, each with its image."""
-    model, S = model.to(device).train(), model.config.vit.image_size
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    tokens = torch.randint(model.end_id, (rows, PADDED), device=device)
-    targets = tokens.where(torch.arange(PADDED, device=device) < 13, -100)               # the rest is padding
-    images = torch.randn(rows, 3, S, S, device=device)
-
-    def take(n):
-        for _ in range(n):
-            with sdpa_kernel(SDPBackend.MATH):
-                _, loss = model(tokens, model.encode(images), targets)
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
     return take
 
 

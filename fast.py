@@ -11,6 +11,7 @@ anew for every token.
 
 import sys
 import types
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,9 @@ def pack(module, int8=False, copies=True):
             part.linear = linear_int8 if rounded else linear
             weight = part.wte.weight
         else:
+            if isinstance(getattr(part, "activation", None), nn.GELU) and not rounded:
+                first, last = (layer for layer in part.children() if isinstance(layer, nn.Linear))
+                part.forward = partial(mlp, first, part.activation.approximate, last)
             continue
         if not rounded and (copies or isinstance(part, GPT2)):
             weight.packed = {}
@@ -72,16 +76,21 @@ def forward_int8(module, x):
     return linear_int8(x, module.weight, module.bias)
 
 
-def linear(x, weight, bias=None):
-    """F.linear through oneDNN: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+def mlp(first, gelu, last, x):
+    return last(linear(x, first.weight, first.bias, gelu))
+
+
+def linear(x, weight, bias=None, gelu=None):
+    """F.linear through oneDNN: x (..., K), weight (N, K), bias (N,) -> (..., N); then F.gelu, if named."""
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     if x.device.type != "cpu" or weight.dtype != dtype or dtype not in (torch.float32, torch.bfloat16):
-        return F.linear(x, weight, bias)
-    x = x.to(dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return Linear.apply(x, weight, bias)
-    return onednn(x, packed(weight), bias)
+        out = F.linear(x, weight, bias)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        out = Linear.apply(x.to(dtype), weight, bias)
+    else:
+        return onednn(x.to(dtype) if autocast else x, packed(weight), bias, gelu)
+    return out if gelu is None else F.gelu(out, approximate=gelu)
 
 
 class Linear(torch.autograd.Function):
@@ -105,12 +114,16 @@ class Linear(torch.autograd.Function):
         return into_x, into_weight, into_bias
 
 
-def onednn(x, weight, bias=None):
-    """x @ weight.T + bias, the weight plain or from `packed`."""
-    if POINTWISE is not None:
-        return POINTWISE(x, weight, bias, "none", [], "")
-    weight = weight if weight.is_mkldnn else weight.to_mkldnn()
-    return F.linear(x.contiguous().to_mkldnn(), weight, bias).to_dense()
+def onednn(x, weight, bias=None, gelu=None):
+    """x @ weight.T + bias, the weight plain or from `packed`; then F.gelu(approximate=gelu), if named."""
+    if POINTWISE is None:
+        weight = weight if weight.is_mkldnn else weight.to_mkldnn()
+        out = F.linear(x.contiguous().to_mkldnn(), weight, bias).to_dense()
+        return out if gelu is None else F.gelu(out, approximate=gelu)
+    rest = ("none", [], "") if gelu is None else ("gelu", [], gelu)
+    if x.numel() == x.shape[-1]:                   # oneDNN reads the weights faster for four rows than for one
+        return POINTWISE(x.expand(4, *x.shape[1:]), weight, bias, *rest)[:1]
+    return POINTWISE(x, weight, bias, *rest)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,7 +156,7 @@ def linear_int8(x, weight, bias=None):
         made = (plain / scale).round().to(torch.int8), scale.flatten().to(x.dtype)
         weight.packed_int8 = state_of(weight), made
     out = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), *made).view(*x.shape[:-1], -1)
-    return out if bias is None else out + bias
+    return out if bias is None else out.add_(bias)
 
 
 # --------------------------------------------------------------------------------------------------

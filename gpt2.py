@@ -79,12 +79,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.approximate = {"gelu_tanh": "tanh", "gelu": "none"}[config.activation]
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.activation = nn.GELU({"gelu_tanh": "tanh", "gelu": "none"}[config.activation])
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Block(nn.Module):

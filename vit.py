@@ -15,8 +15,8 @@ import checkpoint
 from cli import UserError
 
 ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU("tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),          # OpenAI CLIP
 }
 
@@ -74,8 +74,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
         self.fc1 = nn.Linear(config.n_embd, config.n_mlp)
+        self.activation = ACTIVATIONS[config.activation]
         self.fc2 = nn.Linear(config.n_mlp, config.n_embd)
 
     def forward(self, x):

@@ -6,9 +6,10 @@ import time
 
 import pytest
 import torch
-from test_model import tiny_config, tiny_model
+from test_model import batch, tiny_config, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import baselines
 import bench
 from bench import CPU, WORDS
 from cli import UserError
@@ -58,8 +59,22 @@ def test_original_way_writes_the_same_tokens():
     model = tiny_model()
     images = torch.randn(3, 3, 16, 16)
     tokens = bench.ours(model, images, 1)
-    assert bench.original_caption(model, images, WORDS, padded=30).tolist() == tokens
+    text = torch.full((3, 1), model.end_id)
+    for _ in range(WORDS):
+        text = torch.cat([text, baselines.original_word(model, images, text)[:, None]], dim=1)
+    assert text[:, 1:].tolist() == tokens
     assert len(set(map(tuple, tokens))) > 1                    # else the images would not matter
+
+
+def test_original_way_has_the_gradients_of_ours_without_dropout():
+    model, images = tiny_model(), torch.randn(2, 3, 16, 16)
+    tokens, targets = batch((9, 4))
+    gradients = []
+    for logits in (model(tokens, model.encode(images))[0], baselines.original_logits(model, tokens, images)):
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        gradients.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+    for ours, theirs in zip(*gradients):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -74,7 +89,7 @@ def test_both_sides_write_as_many_tokens_and_leave_the_precision_alone(beams):
     other = hf.VisionEncoderDecoderModel(encoder=hf.ViTModel(vit, add_pooling_layer=False),
                                          decoder=hf.GPT2LMHeadModel(gpt2)).eval()
     for precision in (None, "medium"):
-        text = bench.theirs(other, images, beams, precision)
+        text = baselines.hugging_face_captions(other, images, WORDS, beams, precision)
         assert text.shape == (2, 1 + WORDS) and not (text[:, 1:] == 39).any()
         assert torch.get_float32_matmul_precision() == "highest"
 
@@ -103,9 +118,9 @@ def test_training_steps_change_the_fusion_and_nothing_else(kind):
 def test_original_steps_pad_to_256_and_train_the_fusion():
     model = bench.build(tiny_config(40, n_positions=256))
     seen, before = [], model.resampler.latents.detach().clone()
-    model.gpt2.ln_f.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    bench.original_steps(model, CPU, 2)(1)
-    assert seen == [(2, 256, 16)]
+    model.gpt2.h[0].mlp.c_fc.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    baselines.original_steps(model, CPU, 2)(1)
+    assert seen == [(2, 256, 64)]
     assert not torch.equal(model.resampler.latents, before)
 
 
