@@ -353,27 +353,23 @@ def training_peak(kind, device, size, resident):
 def train(device, quick):
     # kind, images a step, of how many the features lie on the GPU, GB at most
     cases = [("fp32", 16, 0, 2.5), ("bf16", 16, 0, 2.0), (ORIGINAL, 16, 0, None)]
-    few, n = 2 if quick else 16, 1      # captions a step of the original's way, steps timed at once
+    few, n = 2 if quick else 16, 2          # captions a step of the original's way, steps of ours timed at once
     if device.type == "cuda":
         cases, few, n = [("bf16", 64, 8091, 4.5), ("bf16", 64, 0, 2.2), (ORIGINAL, 16, 0, None)], 16, 20
     model, size = build(), cases[0][1]
-    takes = {ORIGINAL: original_steps(copy.deepcopy(model), device, few)}
+    takes = {ORIGINAL: partial(original_steps(copy.deepcopy(model), device, few), 1)}
     for kind, _, resident, _ in cases:
         if kind not in takes:
-            takes[kind] = fusion_steps(copy.deepcopy(model), kind, device, size, resident)
+            takes[kind] = partial(fusion_steps(copy.deepcopy(model), kind, device, size, resident), n)
     flops, rows = training_flops(model.config, size, 13) / (5 * size), []
-    ways = {name: partial(take, n) for name, take in takes.items()}
-    seconds = in_turn(ways, 1 if quick else 2, device, "training")
-    speed = {name: n * (few if name == ORIGINAL else 5 * size) / s for name, s in seconds.items()}
-    for name, s in seconds.items():
-        floor = None if name == ORIGINAL else flops / fastest(name, device)
-        rows.append({"what": name, "seconds a step": s / n, "captions/s": speed[name],
-                     "times the original's": speed[name] / speed[ORIGINAL],
-                     "wanted": {"fp32": 60, "bf16": 110}.get(name),
-                     "floor/seconds": floor and floor * speed[name],
-                     "2 epochs of 30,000, s": 60_000 / speed[name]})
-    takes.clear()
-    ways.clear()                        # leaves the memory to the processes
+    for name, s in in_turn(takes, 1 if quick else 2, device, "training").items():
+        s, captions = (s, few) if name == ORIGINAL else (s / n, 5 * size)
+        floor = None if name == ORIGINAL else captions * flops / fastest(name, device)
+        rows.append({"what": name, "captions a step": captions, "seconds a step": s, "captions/s": captions / s,
+                     "times the original's": captions / s / rows[0]["captions/s"] if rows else 1,
+                     "wanted": {"fp32": 60, "bf16": 110}.get(name), "floor/seconds": floor and floor / s,
+                     "2 epochs of 30,000, s": 60_000 * s / captions})
+    takes.clear()                           # leaves the memory to the processes
     memory = []
     for kind, size, resident, most in cli.progress([] if quick else cases, "training memory: process"):
         gigabytes = in_process(training_peak, kind, device, size, resident)

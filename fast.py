@@ -104,11 +104,11 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, into_x, into_weight, into_bias = grad.flatten(0, -2), None, None, None
+        rows, into_x, into_weight, into_bias = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
             into_x = onednn(grad.contiguous(), packed(weight, transposed=True))
         if ctx.needs_input_grad[1]:
-            into_weight = onednn(rows.t().contiguous(), x.flatten(0, -2).t().contiguous())
+            into_weight = onednn(rows.t().contiguous(), x.reshape(-1, x.shape[-1]).t())
         if ctx.needs_input_grad[2]:
             into_bias = rows.sum(0)
         return into_x, into_weight, into_bias
@@ -122,7 +122,7 @@ def onednn(x, weight, bias=None, gelu=None):
         return out if gelu is None else F.gelu(out, approximate=gelu)
     rest = ("none", [], "") if gelu is None else ("gelu", [], gelu)
     if x.numel() == x.shape[-1]:                   # oneDNN reads the weights faster for four rows than for one
-        return POINTWISE(x.expand(4, *x.shape[1:]), weight, bias, *rest)[:1]
+        return POINTWISE(x.view(1, -1).expand(4, -1), weight, bias, *rest)[0].view(*x.shape[:-1], -1)
     return POINTWISE(x, weight, bias, *rest)
 
 
@@ -138,10 +138,10 @@ def packed(weight, transposed=False):
     """`weight`, or its transpose, as oneDNN wants it; as it is if it is trained or no copy shall be kept."""
     plain = weight.detach()
     if weight.requires_grad or not hasattr(weight, "packed"):
-        return plain.t().contiguous() if transposed else plain
+        return plain.t() if transposed else plain
     state, made = weight.packed.get(transposed, (None, None))
     if state != state_of(weight):
-        plain = plain.t().contiguous() if transposed else plain
+        plain = plain.t() if transposed else plain
         made = plain.to_mkldnn() if POINTWISE is None else torch.ops.mkldnn._reorder_linear_weight(plain)
         weight.packed[transposed] = state_of(weight), made
     return made

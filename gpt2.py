@@ -59,6 +59,26 @@ class KVCache:
                 held.copy_(held[:, rows])
 
 
+class Ragged:
+    """Rows of unequal length without their padding: all real tokens, one after another, as (M, C).
+
+    `real` (R, T) marks the positions that matter; of each row, what lies after the last of them is left out.
+    """
+
+    def __init__(self, real):
+        self.shape, self.kept = real.shape, real.flip(1).cumsum(1).flip(1) > 0
+        self.index = self.kept.flatten().nonzero()[:, 0]
+
+    def pack(self, x):
+        """(R, T, C) -> (M, C)."""
+        return x.flatten(0, 1).index_select(0, self.index)
+
+    def pad(self, x):
+        """(M, C) -> (R, T, C), with zeros after each row's end."""
+        R, T = self.shape
+        return x.new_zeros(R * T, x.shape[1]).index_copy(0, self.index, x).view(R, T, -1)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -66,14 +86,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layer=None):
-        R, T, C = x.shape
-        q, k, v = self.c_attn(x).view(R, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # 3 x (R, H, T, D)
+    def forward(self, x, cache=None, layer=None, ragged=None):
+        qkv = self.c_attn(x)
+        qkv = qkv if ragged is None else ragged.pad(qkv)
+        R, T, _ = qkv.shape
+        q, k, v = qkv.view(R, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)              # 3 x (R, H, T, D)
         if cache is not None:
             assert T == 1 or cache.length == 0, "one token, or the first: SDPA's causal mask is top-left"
             k, v = cache.append(layer, k, v)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        return self.c_proj(x.transpose(1, 2).reshape(R, T, C))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).transpose(1, 2).reshape(R, T, -1)
+        return self.c_proj(x if ragged is None else ragged.pack(x))
 
 
 class MLP(nn.Module):
@@ -96,8 +118,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, layer=None):
-        x = x + self.dropout(self.attn(self.ln_1(x), cache, layer))
+    def forward(self, x, cache=None, layer=None, ragged=None):
+        x = x + self.dropout(self.attn(self.ln_1(x), cache, layer, ragged))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 

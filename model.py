@@ -17,7 +17,7 @@ import fast
 import vit as pictures
 from cli import UserError, atomic, nearest, pick_device
 from decoding import DecodingConfig, decode
-from gpt2 import GPT2, GPT2Config, KVCache
+from gpt2 import GPT2, GPT2Config, KVCache, Ragged
 from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig
 from tokenizer import Tokenizer, pad_captions
 from vit import ViT, ViTConfig
@@ -98,25 +98,29 @@ class VisionGPT(nn.Module):
         """Visual tokens (B, L, C) -> {block: (k, v)} of every cross-attention, each (B, H, L, D)."""
         return {name: layer.keys_values(visual) for name, layer in self.xattn.items()}
 
-    def hidden(self, tokens, keys_values, groups, cache=None):
-        """Where the two worlds meet: GPT-2's blocks, with cross-attention before some -> (R, T, C)."""
+    def hidden(self, tokens, keys_values, groups, cache=None, ragged=None):
+        """Where the two worlds meet: GPT-2's blocks, with cross-attention before some -> (R, T, C).
+
+        With `ragged` only what it keeps of the tokens is computed -> (M, C).
+        """
         x = self.gpt2.embed(tokens, cache.length if cache else 0)
+        x = x if ragged is None else ragged.pack(x)
         for layer, block in enumerate(self.gpt2.h):
             if str(layer) in keys_values:
-                x = self.xattn[str(layer)](x, keys_values[str(layer)], groups)
-            x = block(x, cache, layer)
+                x = self.xattn[str(layer)](x, keys_values[str(layer)], groups, ragged)
+            x = block(x, cache, layer, ragged)
         if cache:
             cache.length += tokens.shape[1]
         return x
 
-    def look(self, tokens, visual, image):
+    def look(self, tokens, visual, image, ragged=None):
         """`hidden` of whole captions: row i looks at visual[image[i]], by default visual[i], if any."""
         if visual is None:
-            return self.hidden(tokens, {}, None)
+            return self.hidden(tokens, {}, None, ragged=ragged)
         if len(visual if image is None else image) != len(tokens):
             raise UserError(f"{len(tokens)} caption rows and {len(visual)} images: "
                             "name each row's image with image=")
-        return self.hidden(tokens, self.keys_values(visual), Groups(len(visual), image))
+        return self.hidden(tokens, self.keys_values(visual), Groups(len(visual), image), ragged=ragged)
 
     def forward(self, tokens, visual=None, targets=None, image=None):
         """Tokens (R, T) -> logits (R, T, V), and the mean cross-entropy over targets but -100, or None.
@@ -130,15 +134,15 @@ class VisionGPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
     def loss(self, tokens, visual=None, targets=None, image=None, label_smoothing=0.0, reduction="mean"):
-        """`forward`'s loss without its logits: only real targets reach the head, chunk by chunk.
+        """`forward`'s loss without its logits: no padding, and only real targets reach the head, by chunks.
 
         `reduction` "sum" leaves the division by the number of targets to the caller.
         """
         if targets is None:
             raise UserError("loss needs targets (R, T): the token after each, -100 where there is none")
-        x = self.look(tokens, visual, image)
         real = targets != -100
-        x, targets = x[real], targets[real]                 # (M, C), (M,): padding never reaches the head
+        ragged = Ragged(real)                               # padding is computed nowhere but in attention
+        x, targets = self.look(tokens, visual, image, ragged)[real[ragged.kept]], targets[real]
         x, head = self.gpt2.ln_f(x), self.gpt2.wte.weight
         if self.frozen:
             total = HeadLoss.apply(x.to(head.dtype), head, targets, label_smoothing, self.gpt2.linear)

@@ -99,13 +99,16 @@ class CrossAttention(nn.Module):
         """Text (R, T, C) -> q (R, T, C)."""
         return self.q(self.ln(x))
 
-    def forward(self, x, keys_values, groups):
-        R, T, C = x.shape
+    def forward(self, x, keys_values, groups, ragged=None):
+        """Text (R, T, C), or (M, C) if ragged, and one block's `keys_values` -> the same shape."""
         k, v = keys_values
-        q = groups.gather(self.queries(x))                                           # (B, G * T, C)
-        q = q.view(len(k), -1, self.n_head, C // self.n_head).transpose(1, 2)        # (B, H, G * T, D)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, G * T, C)
-        return x + self.dropout(self.out(groups.scatter(seen, T)))
+        q = self.queries(x)
+        q = q if ragged is None else ragged.pad(q)
+        R, T, C = q.shape
+        q = groups.gather(q).view(len(k), -1, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, G * T, D)
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)             # (B, G * T, C)
+        seen = groups.scatter(seen, T)
+        return x + self.dropout(self.out(seen if ragged is None else ragged.pack(seen)))
 
 
 class Groups:

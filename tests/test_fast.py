@@ -11,6 +11,7 @@ from test_model import batch, captioner, tiny_model
 import fast
 from cli import UserError
 from decoding import DecodingConfig
+from vit import ACTIVATIONS, ViT, ViTConfig
 
 pytestmark = pytest.mark.skipif(not fast.available(), reason="PyTorch without oneDNN")
 BOTH = pytest.mark.parametrize("operator", [fast.POINTWISE, None], ids=["packed", "public"])
@@ -33,18 +34,37 @@ def test_pack_leaves_the_captions_as_they_were(monkeypatch, operator, beams):
 @BOTH
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("trained", [True, False])
-def test_linear_and_its_gradients_are_those_of_pytorch(monkeypatch, operator, dtype, tolerance, trained):
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (1,), ()])
+def test_linear_and_its_gradients_are_those_of_pytorch(monkeypatch, operator, dtype, tolerance, trained, shape):
     monkeypatch.setattr(fast, "POINTWISE", operator)
-    x = torch.randn(3, 5, 64, dtype=dtype, requires_grad=True)
+    x = torch.randn(*shape, 64, dtype=dtype, requires_grad=True)
     weight = torch.randn(48, 64, dtype=dtype, requires_grad=trained)
     bias = torch.randn(48, dtype=dtype, requires_grad=trained)
-    inputs, upstream = [t for t in (x, weight, bias) if t.requires_grad], torch.randn(3, 5, 48, dtype=dtype)
+    inputs, upstream = [t for t in (x, weight, bias) if t.requires_grad], torch.randn(*shape, 48, dtype=dtype)
     results = []
     for function in (fast.linear, F.linear):
         y = function(x, weight, bias)
-        results.append([y, *torch.autograd.grad(y, inputs, upstream)])
+        with torch.inference_mode():
+            again = function(x, weight, bias)
+        assert y.shape == again.shape == (*shape, 48)
+        results.append([y, again, *torch.autograd.grad(y, inputs, upstream)])
     for ours, theirs in zip(*results):
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@BOTH
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("grad", [False, True])
+def test_packed_mlps_keep_their_activation(monkeypatch, operator, activation, grad):
+    monkeypatch.setattr(fast, "POINTWISE", operator)
+    config = ViTConfig(image_size=16, patch_size=8, n_layer=2, n_head=2, n_embd=16, n_mlp=24,
+                       activation=activation)
+    plain, images = ViT(config).eval().requires_grad_(False), 3 * torch.randn(2, 3, 16, 16, requires_grad=grad)
+    packed = fast.pack(copy.deepcopy(plain))
+    copied = copy.deepcopy(packed)
+    copied.blocks[0].mlp.fc1.weight.zero_()                    # of the copy alone
+    assert torch.allclose(packed(images), plain(images), atol=1e-5)
+    assert not torch.allclose(copied(images), plain(images), atol=1e-2)
 
 
 def test_packed_weights_follow_the_parameter():

@@ -154,6 +154,20 @@ def test_a_captions_loss_does_not_depend_on_its_batch():
     assert (targets != -100).sum() == 18
 
 
+@torch.no_grad()
+def test_padding_is_not_computed_but_words_that_are_no_targets_are():
+    model, (tokens, targets) = tiny_model(), batch((4, 1, 7, 0, 3))
+    images, image, rows = torch.randn(2, 3, 16, 16), torch.tensor([0, 1, 1, 0, 0]), []
+    model.gpt2.h[0].mlp.c_fc.register_forward_pre_hook(lambda module, x: rows.append(len(x[0])))
+    for hidden, left in (([], 20), ([(0, 0), (0, 2), (2, 7), (3, 0)], 18)):    # ends alone shorten a row
+        for row, t in hidden:
+            targets[row, t] = -100
+        _, loss = model(tokens, model.encode(images[image]), targets)
+        lean = model.loss(tokens, model.encode(images), targets, image)
+        assert torch.allclose(lean, loss, rtol=1e-5)
+        assert rows[1::2][-1] == left
+
+
 def test_rows_and_images_that_do_not_pair_are_refused():
     model, (tokens, targets) = tiny_model(), batch()
     for image in (None, torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 3, 0])):

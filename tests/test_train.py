@@ -23,6 +23,7 @@ from PIL import Image
 
 import checkpoint
 import cli
+import fast
 import figures
 import prepare_shapes
 import train as trainer
@@ -208,6 +209,23 @@ def test_a_training_step_is_what_the_formulas_say(part, base, config):
         wanted = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), gradients)}
         right = agree(found, wanted) and abs(log_of(cfg, "loss")[1] - loss.item()) < 1e-5 * loss.item()
         assert right == (mutation is None), mutation
+
+
+@pytest.mark.skipif(not fast.available(), reason="PyTorch without oneDNN")
+def test_gpt2_is_packed_although_the_vit_is_gone(config, monkeypatch):
+    widths, onednn = [], fast.onednn
+
+    def counting(x, weight, *rest):
+        widths.append(len(x))
+        return onednn(x, weight, *rest)
+
+    monkeypatch.setattr(fast, "onednn", counting)
+    monkeypatch.setattr(trainer, "Eyes", lambda *args: widths.clear() or eyes)
+    cfg = config()
+    model, data = build_model(cfg)
+    eyes = Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+    train(cfg)
+    assert len(widths) > 4 * len(model.gpt2.h)
 
 
 def test_a_caption_costs_the_same_in_any_company(base, config):
