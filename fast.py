@@ -121,7 +121,7 @@ def onednn(x, weight, bias=None, gelu=None):
         out = F.linear(x.contiguous().to_mkldnn(), weight, bias).to_dense()
         return out if gelu is None else F.gelu(out, approximate=gelu)
     rest = ("none", [], "") if gelu is None else ("gelu", [], gelu)
-    if x.numel() == x.shape[-1]:                   # oneDNN reads the weights faster for four rows than for one
+    if x.numel() == x.shape[-1]:                    # oneDNN reads weights faster for four rows than for one
         return POINTWISE(x.view(1, -1).expand(4, -1), weight, bias, *rest)[0].view(*x.shape[:-1], -1)
     return POINTWISE(x, weight, bias, *rest)
 

@@ -105,8 +105,9 @@ class CrossAttention(nn.Module):
         q = self.queries(x)
         q = q if ragged is None else ragged.pad(q)
         R, T, C = q.shape
-        q = groups.gather(q).view(len(k), -1, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, G * T, D)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)             # (B, G * T, C)
+        q = groups.gather(q)                                                         # (B, G * T, C)
+        q = q.view(len(k), -1, self.n_head, C // self.n_head).transpose(1, 2)        # (B, H, G * T, D)
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, G * T, C)
         seen = groups.scatter(seen, T)
         return x + self.dropout(self.out(seen if ragged is None else ragged.pack(seen)))
 

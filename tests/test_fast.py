@@ -35,7 +35,7 @@ def test_pack_leaves_the_captions_as_they_were(monkeypatch, operator, beams):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (1,), ()])
-def test_linear_and_its_gradients_are_those_of_pytorch(monkeypatch, operator, dtype, tolerance, trained, shape):
+def test_linear_and_its_gradients_are_pytorchs(monkeypatch, operator, dtype, tolerance, trained, shape):
     monkeypatch.setattr(fast, "POINTWISE", operator)
     x = torch.randn(*shape, 64, dtype=dtype, requires_grad=True)
     weight = torch.randn(48, 64, dtype=dtype, requires_grad=trained)
@@ -59,7 +59,8 @@ def test_packed_mlps_keep_their_activation(monkeypatch, operator, activation, gr
     monkeypatch.setattr(fast, "POINTWISE", operator)
     config = ViTConfig(image_size=16, patch_size=8, n_layer=2, n_head=2, n_embd=16, n_mlp=24,
                        activation=activation)
-    plain, images = ViT(config).eval().requires_grad_(False), 3 * torch.randn(2, 3, 16, 16, requires_grad=grad)
+    plain = ViT(config).eval().requires_grad_(False)
+    images = 3 * torch.randn(2, 3, 16, 16, requires_grad=grad)
     packed = fast.pack(copy.deepcopy(plain))
     copied = copy.deepcopy(packed)
     copied.blocks[0].mlp.fc1.weight.zero_()                    # of the copy alone
