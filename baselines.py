@@ -2,9 +2,9 @@
 
 The original is the notebook that the published checkpoint comes from (Gurumurthy30/multimodal-gpt2-demo on
 GitHub, v1). It computes the same function, and what makes it slow is kept: the ViT runs for every word and
-every caption, no keys and values are held, captions are padded to 256 tokens with logits at each of them,
-queries, keys and values are projected one by one, attention, LayerNorm and GELU are made of elementwise
-operations, and there is dropout in the frozen GPT-2 too.
+every caption, no keys and values are held, training pads captions to 256 tokens and computes the logits of
+all, queries, keys and values are projected one by one, GPT-2's attention, LayerNorm and GELU are made of
+elementwise operations, and there is dropout in the frozen GPT-2 too.
 """
 
 import math

@@ -60,7 +60,8 @@ class EvaluateConfig(DecodingConfig):
     weights: str | None = flag(None, "one more folder to look for the frozen backbones in", metavar="DIR")
     batch_size: int = flag(32, "images captioned at once")
     compile: bool = flag(False, "GPU: decode with CUDA graphs, recorded at first use; pays for many pictures")
-    int8: bool = flag(False, "CPU: bfloat16, with GPT-2's weights rounded to 8 bits: faster, less exact")
+    int8: bool = flag(False, "CPU: bfloat16, GPT-2's weights rounded to 8 bits: less exact; faster, but not "
+                             "with beams or many pictures at once")
     seed: int = flag(0, "of sampling")
     dtype: str = flag("auto", "auto: float32 on the CPU, the checkpoint's own on a GPU", choices=cli.DTYPES)
     device: str = flag("auto", "auto: the GPU where there is one", choices=cli.DEVICES)

@@ -35,7 +35,8 @@ def pack(module, int8=False, copies=True):
 
     With `copies` frozen weights are packed at first use, which takes their memory again, else the head alone.
     To caption, call `fast.pack(model.requires_grad_(False))`. The parameters stay what they are;
-    load_state_dict, `.to` and in-place changes are noticed, edits through `.data` are not. With `int8` the
+    load_state_dict, `.to` and in-place changes are noticed, edits through `.data` are not, and a deep copy
+    wants to be packed anew. An MLP's GELU runs within its first layer. With `int8` the
     weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale for each output row, while
     activations stay bfloat16, so that GPT-2's few very large channels cost nothing; raises UserError unless
     the model is in bfloat16 on the CPU.
@@ -59,6 +60,7 @@ def pack(module, int8=False, copies=True):
             part.linear = linear_int8 if rounded else linear
             weight = part.wte.weight
         else:
+            vars(part).pop("forward", None)                          # of an earlier packing
             if isinstance(getattr(part, "activation", None), nn.GELU) and not rounded:
                 first, last = (layer for layer in part.children() if isinstance(layer, nn.Linear))
                 part.forward = partial(mlp, first, part.activation.approximate, last)
@@ -77,6 +79,7 @@ def forward_int8(module, x):
 
 
 def mlp(first, gelu, last, x):
+    """The MLP of a transformer block: layers `first` and `last`, GELU between them."""
     return last(linear(x, first.weight, first.bias, gelu))
 
 
@@ -149,6 +152,8 @@ def packed(weight, transposed=False):
 
 def linear_int8(x, weight, bias=None):
     """F.linear with the weight rounded to 8 bits, symmetrically, one scale for each output row."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return F.linear(x, weight, bias)
     state, made = getattr(weight, "packed_int8", (None, None))
     if state != state_of(weight):
         plain = weight.detach().float()

@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al. 2019) with OpenAI's parameter names; its key/value cache. Knows nothing of images.
 
-Letters: R rows of text, T text positions, C width, H heads, D head width.
+Letters: R rows of text, T text positions, C width, H heads, D head width. Where `ragged` is given, the M real
+tokens of all rows lie one after another: (M, C) in place of (R, T, C).
 """
 
 import math

@@ -46,7 +46,8 @@ class SampleConfig(DecodingConfig):
     weights: str | None = flag(None, "one more folder to look for the frozen backbones in", metavar="DIR")
     batch_size: int = flag(16, "pictures captioned at once")
     compile: bool = flag(False, "GPU: decode with CUDA graphs, recorded at first use; pays for many pictures")
-    int8: bool = flag(False, "CPU: bfloat16, with GPT-2's weights rounded to 8 bits: faster, less exact")
+    int8: bool = flag(False, "CPU: bfloat16, GPT-2's weights rounded to 8 bits: less exact; faster, but not "
+                             "with beams or many pictures at once")
     seed: int = flag(0, "of sampling: same seed, pictures, flags and batch size, same captions")
     dtype: str = flag("auto", "auto: float32 on the CPU, the checkpoint's own on a GPU", choices=cli.DTYPES)
     device: str = flag("auto", "auto: the GPU where there is one", choices=cli.DEVICES)

@@ -4,6 +4,7 @@ Letters: B batch, N patches, C width, H heads, D head width, S image side. Knows
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ import checkpoint
 from cli import UserError
 
 ACTIVATIONS = {
-    "gelu": nn.GELU(),
-    "gelu_tanh": nn.GELU("tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),          # OpenAI CLIP
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, "tanh"),
+    "quick_gelu": lambda: lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI CLIP
 }
 
 
@@ -75,7 +76,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.n_embd, config.n_mlp)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]()
         self.fc2 = nn.Linear(config.n_mlp, config.n_embd)
 
     def forward(self, x):

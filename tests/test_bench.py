@@ -136,6 +136,8 @@ def test_contenders_run_in_turn_and_medians_are_taken():
     seconds = bench.in_turn(runs, 3, CPU, "test")
     assert "".join(calls) == "abababab"
     assert 0.001 <= seconds["a"] < 0.02 and seconds["b"] < seconds["a"]
+    pauses = iter([0.02, 0])
+    assert bench.in_turn(runs, 1, CPU, "test", warm=True)["a"] >= 0.02 and calls[8:] == ["a", "b"]
 
 
 def test_memory_of_a_process_is_its_own():
@@ -146,15 +148,17 @@ def test_memory_of_a_process_is_its_own():
 
 
 def test_training_is_timed_in_processes_and_compared_by_captions(monkeypatch):
-    """The original takes 0.02 s a caption, ours 0.01 s; here all run in this process."""
-    cost = {bench.ORIGINAL: 0.02, "fp32": 0.05, "bf16": 0.05}                # ours: an image of 5 captions
+    """The original takes a second for a step of 2 captions, ours 4 for two steps of 80."""
+    steps = []
     monkeypatch.setattr(bench, "contender", lambda name, device, size, resident:
-                        lambda n: time.sleep(n * size * cost[name] / 10))
+                        lambda n: steps.append((name, size, n)))
     monkeypatch.setattr(bench, "new_process", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(bench, "in_turn", lambda ways, *rest: {
+        name: way() or (1.0 if name == bench.ORIGINAL else 4.0) for name, way in ways.items()})
     (rows,) = bench.train(CPU, quick=True).values()
-    assert [row["captions a step"] for row in rows] == [2, 80, 80]
-    assert rows[1]["times the original's"] == pytest.approx(2, rel=0.2)
-    assert rows[1]["captions/s"] == pytest.approx(1000, rel=0.2) and rows[0]["peak GB"] > 0
+    assert steps == [(bench.ORIGINAL, 2, 1), ("fp32", 16, 2), ("bf16", 16, 2)]
+    assert [row["captions/s"] for row in rows] == [2, 40, 40]
+    assert rows[1]["times the original's"] == 20 and rows[0]["peak GB"] > 0
 
 
 def test_scale_counts_every_stage(tmp_path):

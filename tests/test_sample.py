@@ -256,7 +256,7 @@ def test_cross_attention_probabilities_are_those_of_the_forward_pass(model, seen
         found = attention.cross_attention(model, tokens, model.encode(images))
         assert tuple(found) == model.config.cross_attention
         for i, probability in found.items():
-            (x, (_, v), _), out = calls[str(i)]
+            (x, (_, v), *_), out = calls[str(i)]
             looked = model.xattn[str(i)].out((probability @ v).transpose(1, 2).flatten(2))
             assert looked.abs().max() > 0.1
             torch.testing.assert_close(x + looked, out, rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 import dataclasses
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import math
@@ -226,6 +227,16 @@ def test_gpt2_is_packed_although_the_vit_is_gone(config, monkeypatch):
     eyes = Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
     train(cfg)
     assert len(widths) > 4 * len(model.gpt2.h)
+
+
+def test_compile_changes_no_loss(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    losses = []
+    for compiled in (False, True):
+        cfg = config(max_steps=3, dropout=0.0, compile=compiled, out=str(tmp_path / str(compiled)))
+        train(cfg)
+        losses.append(list(log_of(cfg, "loss").values()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
 
 
 def test_a_caption_costs_the_same_in_any_company(base, config):
