@@ -36,10 +36,11 @@ def pack(module, int8=False, copies=True):
     With `copies` frozen weights are packed at first use, which takes their memory again, else the head alone.
     To caption, call `fast.pack(model.requires_grad_(False))`. The parameters stay what they are;
     load_state_dict, `.to` and in-place changes are noticed, edits through `.data` are not, and a deep copy
-    wants to be packed anew. An MLP's GELU runs within its first layer. With `int8` the
-    weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale for each output row, while
-    activations stay bfloat16, so that GPT-2's few very large channels cost nothing; raises UserError unless
-    the model is in bfloat16 on the CPU.
+    wants to be packed anew. An MLP's GELU is computed within its first layer.
+
+    With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale for each output
+    row, while activations stay bfloat16, so that GPT-2's few very large channels cost nothing; raises
+    UserError unless the model is in bfloat16 on the CPU.
     """
     first = next(module.parameters())
     if int8 and (first.device.type != "cpu" or first.dtype != torch.bfloat16):
@@ -59,11 +60,13 @@ def pack(module, int8=False, copies=True):
         elif isinstance(part, GPT2):
             part.linear = linear_int8 if rounded else linear
             weight = part.wte.weight
-        else:
-            vars(part).pop("forward", None)                          # of an earlier packing
-            if isinstance(getattr(part, "activation", None), nn.GELU) and not rounded:
+        elif isinstance(getattr(part, "activation", None), nn.GELU):
+            vars(part).pop("forward", None)                                      # of an earlier packing
+            if not rounded:
                 first, last = (layer for layer in part.children() if isinstance(layer, nn.Linear))
                 part.forward = partial(mlp, first, part.activation.approximate, last)
+            continue
+        else:
             continue
         if not rounded and (copies or isinstance(part, GPT2)):
             weight.packed = {}
@@ -125,7 +128,7 @@ def onednn(x, weight, bias=None, gelu=None):
         return out if gelu is None else F.gelu(out, approximate=gelu)
     rest = ("none", [], "") if gelu is None else ("gelu", [], gelu)
     if x.numel() == x.shape[-1]:                    # oneDNN reads weights faster for four rows than for one
-        return POINTWISE(x.view(1, -1).expand(4, -1), weight, bias, *rest)[0].view(*x.shape[:-1], -1)
+        return POINTWISE(x.reshape(1, -1).expand(4, -1), weight, bias, *rest)[0].view(*x.shape[:-1], -1)
     return POINTWISE(x, weight, bias, *rest)
 
 

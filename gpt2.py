@@ -70,7 +70,7 @@ class Ragged:
         self.shape, self.kept = real.shape, real.flip(1).cumsum(1).flip(1) > 0
         self.index = self.kept.flatten().nonzero()[:, 0]
 
-    def pack(self, x):
+    def unpad(self, x):
         """(R, T, C) -> (M, C)."""
         return x.flatten(0, 1).index_select(0, self.index)
 
@@ -96,7 +96,7 @@ class Attention(nn.Module):
             assert T == 1 or cache.length == 0, "one token, or the first: SDPA's causal mask is top-left"
             k, v = cache.append(layer, k, v)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).transpose(1, 2).reshape(R, T, -1)
-        return self.c_proj(x if ragged is None else ragged.pack(x))
+        return self.c_proj(x if ragged is None else ragged.unpad(x))
 
 
 class MLP(nn.Module):

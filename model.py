@@ -104,7 +104,7 @@ class VisionGPT(nn.Module):
         With `ragged` only what it keeps of the tokens is computed -> (M, C).
         """
         x = self.gpt2.embed(tokens, cache.length if cache else 0)
-        x = x if ragged is None else ragged.pack(x)
+        x = x if ragged is None else ragged.unpad(x)
         for layer, block in enumerate(self.gpt2.h):
             if str(layer) in keys_values:
                 x = self.xattn[str(layer)](x, keys_values[str(layer)], groups, ragged)

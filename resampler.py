@@ -109,7 +109,7 @@ class CrossAttention(nn.Module):
         q = q.view(len(k), -1, self.n_head, C // self.n_head).transpose(1, 2)        # (B, H, G * T, D)
         seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, G * T, C)
         seen = groups.scatter(seen, T)
-        return x + self.dropout(self.out(seen if ragged is None else ragged.pack(seen)))
+        return x + self.dropout(self.out(seen if ragged is None else ragged.unpad(seen)))
 
 
 class Groups:
