@@ -212,7 +212,7 @@ ON_GPU = ["plain", "bf16", "bf16 graphs", "fp16", "HF fp32", "HF fp32 medium", "
 QUICK = [(1, 1, 2, ["plain", "fp32", "bf16", "int8", "HF fp32", "HF bf16", ORIGINAL]),
          (1, 5, 1, ["fp32", "bf16", "HF fp32", "HF bf16"])]
 PLAN = [(1, 1, 3, [*ALL, ORIGINAL]), (1, 5, 3, ALL),
-        (8, 1, 2, ["fp32", "bf16", "HF fp32", "HF fp32 medium", "HF bf16"]),
+        (8, 1, 2, ["fp32", "bf16", "HF fp32", "HF bf16"]),
         (8, 5, 1, ["fp32", "bf16", "HF fp32", "HF bf16"]),
         (32, 1, 1, ["fp32", "bf16", "HF fp32"]), (32, 5, 1, ["fp32", "bf16"])]
 # batch, beams, ours, what it is set beside, and how many times faster it shall be
@@ -258,7 +258,7 @@ def caption(device, quick):
               for batch, beams, name, other, least in WANTED
               if {(batch, beams, name), (batch, beams, other)} <= measured.keys()]
     return {f"Captions of {WORDS} tokens": rows, "Captions, times faster": ratios,
-            "Captions, against the plain path": exactness(models, pictures[: 1 if quick else 8])}
+            "Captions, against the plain path": exactness(models, pictures[: 1 if quick else 4])}
 
 
 @torch.inference_mode()
@@ -360,7 +360,8 @@ def take_steps(n, name, device, size, resident):
 def train(device, quick):
     """Contenders run in turn, each in a process of its own, so that its peak memory is known."""
     # images a step (original: captions), how many have their features on the GPU, steps timed, GB at most
-    cases = {ORIGINAL: (2 if quick else 16, 0, 1, None), "fp32": (16, 0, 2, 2.5), "bf16": (16, 0, 2, 2.0)}
+    n = 1 if quick else 4                    # and as many before: the first steps still claim memory
+    cases = {ORIGINAL: (2 if quick else 16, 0, 1, None), "fp32": (16, 0, n, 2.5), "bf16": (16, 0, n, 2.0)}
     if device.type == "cuda":
         cases = {ORIGINAL: (16, 0, 5, None), "bf16": (64, 8091, 20, 4.5), "bf16 streamed": (64, 0, 20, 2.2)}
     config, peak, rows = VisionGPTConfig(), {}, []

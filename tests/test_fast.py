@@ -143,9 +143,10 @@ def test_int8_captions_and_its_limits():
     model, images = model.bfloat16(), torch.randn(2, 3, 16, 16)
     tokens, _ = batch((6, 6))
     with torch.inference_mode():
-        exact = model(tokens, model.encode(images))[0].float()
-        rounded = fast.pack(copy.deepcopy(model), int8=True)(tokens, model.encode(images))[0]
-        again = fast.pack(fast.pack(model), int8=True)(tokens, model.encode(images))[0]
+        visual = model.encode(images)
+        exact = model(tokens, visual)[0].float()
+        rounded = fast.pack(copy.deepcopy(model), int8=True)(tokens, visual)[0]
+        again = fast.pack(fast.pack(model), int8=True)(tokens, visual)[0]
     assert 0 < (rounded.float() - exact).norm() / exact.norm() < 0.1
     assert torch.equal(rounded, again)
 
