@@ -64,11 +64,15 @@ class Ragged:
     """Rows of unequal length without their padding: all real tokens, one after another, as (M, C).
 
     `real` (R, T) marks the positions that matter; of each row, what lies after the last of them is left out.
+    Some padding stays at the end, so that M is a multiple of STEP: oneDNN prepares itself for every new size.
     """
 
+    STEP = 64
+
     def __init__(self, real):
-        self.shape, self.kept = real.shape, real.flip(1).cumsum(1).flip(1) > 0
-        self.index = self.kept.flatten().nonzero()[:, 0]
+        self.shape, kept = real.shape, real.flip(1).cumsum(1).flip(1) > 0
+        M = -(-int(kept.sum()) // self.STEP) * self.STEP
+        self.index = kept.flatten().byte().argsort(descending=True, stable=True)[:M]  # padding last
 
     def unpad(self, x):
         """(R, T, C) -> (M, C)."""

@@ -142,13 +142,13 @@ class VisionGPT(nn.Module):
             raise UserError("loss needs targets (R, T): the token after each, -100 where there is none")
         real = targets != -100
         ragged = Ragged(real)                               # padding is computed nowhere but in attention
-        chosen, targets = real[ragged.kept].nonzero()[:, 0], targets[real]
+        chosen, targets = real.flatten()[ragged.index].nonzero()[:, 0], targets[real]
         x = self.look(tokens, visual, image, ragged).index_select(0, chosen)
         x, head = self.gpt2.ln_f(x), self.gpt2.wte.weight
         if self.frozen:
             total = HeadLoss.apply(x.to(head.dtype), head, targets, label_smoothing, self.gpt2.linear)
         else:
-            total = head_loss(x, head, targets, label_smoothing, self.gpt2.linear)
+            total = head_loss(x, head, targets, label_smoothing)
         return total if reduction == "sum" else total / len(targets)
 
     def score(self, images, captions):
@@ -290,9 +290,9 @@ class VisionGPT(nn.Module):
             Path(temporary).write_text(json.dumps(config, indent=1) + "\n")
 
 
-def head_loss(x, weight, targets, label_smoothing=0.0, linear=F.linear):
+def head_loss(x, weight, targets, label_smoothing=0.0):
     """Summed cross-entropy of hidden states (M, C) against targets (M,), with a trainable head (V, C)."""
-    logits = linear(x, weight).float()
+    logits = F.linear(x, weight).float()
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 

@@ -332,8 +332,8 @@ def train(cfg, state=None):
     """Train as `cfg` says, from `state` where a run goes on; returns the best validation loss.
 
     What is random in a step (order, crops, dropout) follows from (seed, step) alone, so a resumed run repeats
-    exactly what an unbroken one would have done; dropout draws for real tokens alone, not for padding. Raises
-    UserError for what the user can mend.
+    exactly what an unbroken one would have done; dropout draws for the tokens in the order of gpt2.Ragged.
+    Raises UserError for what the user can mend.
     """
     with run_folder(cfg) as out:
         return run(cfg, state, out)
