@@ -264,18 +264,18 @@ def caption(device, quick):
 @torch.inference_mode()
 def exactness(models, images):
     """What each kind of arithmetic changes: logits and likeliest token after the same text, and captions."""
-    plain, rows = models["plain"], []
-    text = torch.tensor(ours(plain, images, 1), device=images.device)
+    plain, beams, rows = models["plain"], {"same greedy tokens": 1, "same with 5 beams": 5}, []
+    expected = {name: ours(plain, images, count) for name, count in beams.items()}
+    text = torch.tensor(expected["same greedy tokens"], device=images.device)
     right, _ = plain(text, plain.encode(images))
-    for kind, model in models.items():
-        logits, _ = model(text, model.encode(images))
+    for kind in [kind for kind in models if kind != "plain"]:
+        logits, _ = models[kind](text, models[kind].encode(images))
         row = {"what": kind, "error of logits": ((logits.float() - right).norm() / right.norm()).item(),
                "same next token": (logits.argmax(-1) == right.argmax(-1)).float().mean().item()}
-        for beams in (1, 5):
-            same = ours(model, images[:4], beams) == ours(plain, images[:4], beams)
-            row["same greedy tokens" if beams == 1 else "same with 5 beams"] = "yes" if same else "no"
+        for name, count in beams.items():
+            row[name] = "yes" if ours(models[kind], images, count) == expected[name] else "no"
         rows.append(row)
-    return rows[1:]
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
