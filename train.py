@@ -74,6 +74,7 @@ class TrainConfig:
     device: str = flag("auto", "where to compute", choices=cli.DEVICES)
     dtype: str = flag("auto", "of forward and backward; auto: float32, on a GPU bfloat16 or float16",
                       choices=cli.DTYPES)
+    threads: int = flag(0, "CPU threads of the arithmetic; 0: PyTorch's choice")
     compile: bool = flag(False, "torch.compile the model: slower to start")
     tracker: str = flag("none", "also log to wandb or tensorboard", choices=["none", "wandb", "tensorboard"])
     resume: bool = flag(False, "go on with the run in --out; all but lengths and intervals is as saved")
@@ -84,7 +85,8 @@ class TrainConfig:
         at_least = dict(epochs=1, max_steps=0, batch_size=1, captions_per_image=0, grad_accumulation=1,
                         learning_rate=0, min_lr=0, warmup_steps=0, weight_decay=0, grad_clip=0, dropout=0,
                         patch_dropout=0, word_dropout=0, label_smoothing=0, words_loss=0, seed=0,
-                        eval_interval=1, eval_images=1, save_interval=1, log_interval=1, num_samples=0)
+                        eval_interval=1, eval_images=1, save_interval=1, log_interval=1, num_samples=0,
+                        threads=0)
         for name, low in at_least.items():
             value = getattr(self, name)
             below_one = name.endswith("dropout") or name == "label_smoothing"
@@ -112,7 +114,8 @@ PRESETS = {
                  label_smoothing=0.1, words_loss=1.0, augment=True, eval_interval=500, eval_images=1000,
                  save_interval=500, log_interval=50),
     "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=3, learning_rate=1e-3, min_lr=1e-5,
-                   dropout=0.0, eval_interval=1000, eval_images=200, save_interval=500, log_interval=100),
+                   dropout=0.0, eval_interval=1000, eval_images=200, save_interval=500, log_interval=100,
+                   threads=1),         # layers so small that a second thread costs more than it does
 }
 # what training_state.pt holds
 STATE = {"model", "optimizer", "scaler", "step", "best", "losses", "backbones", "config"}
@@ -335,8 +338,13 @@ def train(cfg, state=None):
     exactly what an unbroken one would have done; dropout draws for the tokens in the order of gpt2.Ragged.
     Raises UserError for what the user can mend.
     """
-    with run_folder(cfg) as out:
-        return run(cfg, state, out)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(cfg.threads or before)
+        with run_folder(cfg) as out:
+            return run(cfg, state, out)
+    finally:
+        torch.set_num_threads(before)
 
 
 def run(cfg, state, out):

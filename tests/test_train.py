@@ -718,8 +718,13 @@ def test_training_changes_nothing_global(config):
                 np.random.get_state()[1].tolist(), torch.get_default_device(), os.getcwd(),
                 torch.backends.cuda.flash_sdp_enabled(), torch.are_deterministic_algorithms_enabled())
     before = state()
-    train(config())
+    train(config(threads=3))
     assert state() == before
+
+
+def test_trains_on_so_many_threads(config, monkeypatch):
+    monkeypatch.setattr("train.run", lambda *_: torch.get_num_threads())
+    assert train(config(threads=3)) == 3 and train(config()) == torch.get_num_threads()
 
 
 # --------------------------------------------------------------------------------------------------
