@@ -431,7 +431,7 @@ def startup(device, quick):
                     "python sample.py --help": ["sample.py", "--help"], "python sample.py photo.jpg": photo}
         seconds = in_turn({name: partial(subprocess.run, [sys.executable, *args], cwd=ROOT, check=True,
                                          stdout=subprocess.DEVNULL) for name, args in commands.items()},
-                          2, CPU, "start-up", warm=True)
+                          2, CPU, "start-up")
     S = model.config.vit.image_size
     run = partial(ours, variant(model, "fp32", device), torch.randn(1, 3, S, S, device=device), 1)
     seconds["a caption once it runs"] = in_turn({"": run}, 3, device, "one caption")[""]
