@@ -269,12 +269,14 @@ def exactness(models, images):
     expected = {name: ours(plain, images, count) for name, count in beams.items()}
     text = torch.tensor(expected["same greedy tokens"], device=images.device)
     right, _ = plain(text, plain.encode(images))
-    for kind in [kind for kind in models if kind != "plain"]:
-        logits, _ = models[kind](text, models[kind].encode(images))
+    for kind, model in models.items():
+        if kind == "plain":
+            continue
+        logits, _ = model(text, model.encode(images))
         row = {"what": kind, "error of logits": ((logits.float() - right).norm() / right.norm()).item(),
                "same next token": (logits.argmax(-1) == right.argmax(-1)).float().mean().item()}
         for name, count in beams.items():
-            row[name] = "yes" if ours(models[kind], images, count) == expected[name] else "no"
+            row[name] = "yes" if ours(model, images, count) == expected[name] else "no"
         rows.append(row)
     return rows
 

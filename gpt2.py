@@ -64,7 +64,8 @@ class Ragged:
     """Rows of unequal length without their padding: all real tokens, one after another, as (M, C).
 
     `real` (R, T) marks the positions that matter; of each row, what lies after the last of them is left out.
-    Some padding stays at the end, so that M is a multiple of STEP: oneDNN prepares itself for every new size.
+    Some padding stays at the end, so that M is a multiple of STEP, unless R * T is less: oneDNN prepares itself
+    for every new size.
     """
 
     STEP = 64
@@ -79,7 +80,7 @@ class Ragged:
         return x.flatten(0, 1).index_select(0, self.index)
 
     def pad(self, x):
-        """(M, C) -> (R, T, C), with zeros after each row's end."""
+        """(M, C) -> (R, T, C), with zeros where nothing was kept."""
         R, T = self.shape
         return x.new_zeros(R * T, x.shape[1]).index_copy(0, self.index, x).view(R, T, -1)
 
