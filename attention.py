@@ -5,7 +5,7 @@ Letters: B images, one caption each, T text positions, N = h * w patches, L late
 
 import torch
 
-from cli import UserError
+from lib.cli import UserError
 from resampler import Groups
 
 
@@ -47,14 +47,14 @@ def resampler_attention(resampler, features):
 
 def cross_attention(model, tokens, visual):
     """The loop of VisionGPT.hidden, a caption an image -> {block: probabilities (B, H, T, L)}."""
-    keys_values, groups, of_latents = model.keys_values(visual), Groups(len(visual)), {}
+    cross_kv, groups, of_latents = model.cross_kv(visual), Groups(len(visual)), {}
     x = model.gpt2.embed(tokens)
     for i, block in enumerate(model.gpt2.h):
-        if str(i) in keys_values:
-            layer, (k, _) = model.xattn[str(i)], keys_values[str(i)]
+        if str(i) in cross_kv:
+            layer, (k, _) = model.xattn[str(i)], cross_kv[str(i)]
             q = layer.queries(x).unflatten(-1, (layer.n_head, -1)).transpose(1, 2)          # (B, H, T, D)
             of_latents[i] = probabilities(q, k)
-            x = layer(x, keys_values[str(i)], groups)
+            x = layer(x, cross_kv[str(i)], groups)
         x = block(x)
     return of_latents
 

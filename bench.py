@@ -38,22 +38,21 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 import fast
-import layouts
-import metrics
 import runs
-from baselines import hugging_face, hugging_face_captions, original_steps, original_word
-from cli import UserError, flag
 from data import CaptionSet, batches, cached_features, collate, load_ahead, to_device, write_images, write_set
 from decoding import DecodingConfig
 from gpt2 import KVCache
+from lib import caption_formats, cli, metrics
+from lib.baselines import hugging_face, hugging_face_captions, original_steps, original_word
+from lib.cli import UserError, flag
+from lib.images import load_image, resize
 from model import VisionGPT, VisionGPTConfig
 from prepare_flickr8k import decode
 from resampler import Groups
 from tokenizer import Tokenizer
 from train import TrainConfig, make_optimizer, set_dropout, trained_parameters
-from vit import ViT, ViTConfig, load_image, resize
+from vit import ViT, ViTConfig
 
 ROOT, CPU = Path(__file__).parent, torch.device("cpu")
 WORDS = 20                             # tokens of every caption
@@ -66,7 +65,7 @@ DTYPES = {"plain": torch.float32, "fp32": torch.float32, "fp16": torch.float16, 
 # how to measure
 
 
-def in_turn(contenders, repeats, device, label, warm=False):
+def time_interleaved(contenders, repeats, device, label, warm=False):
     """{name: function} -> {name: median seconds}; a, b, c, a, b, c, so that a slow moment hits all alike.
 
     A first round, in which weights are packed and memory is claimed, does not count, unless all are `warm`.
@@ -127,8 +126,8 @@ def ceilings(device):
         products[f"{kind} F.linear"] = partial(F.linear, x, w)
         if device.type == "cpu" and fast.available(DTYPES[kind]):
             products[f"{kind} oneDNN"] = partial(fast.linear, x, w)
-    seconds = in_turn(products, 5, device, "matrix products")
-    read = in_turn({"": torch.ones(size, device=device).sum}, 5, device, "memory")[""]
+    seconds = time_interleaved(products, 5, device, "matrix products")
+    read = time_interleaved({"": torch.ones(size, device=device).sum}, 5, device, "memory")[""]
     return {name: 2 * n**3 / s for name, s in seconds.items()} | {"read": 4 * size / read}
 
 
@@ -176,13 +175,13 @@ def caption_flops(config, batch, beams):
     with torch.device("meta"):
         model, S = VisionGPT(config).requires_grad_(False), config.vit.image_size
         cache, groups = KVCache(config.gpt2, batch, WORDS), Groups(batch)
-        keys_values = model.keys_values(torch.empty(batch, config.resampler.n_latent, config.gpt2.n_embd))
+        cross_kv = model.cross_kv(torch.empty(batch, config.resampler.n_latent, config.gpt2.n_embd))
 
         def step(rows):
             tokens = torch.empty(rows, 1, dtype=torch.long)
-            model.gpt2.logits(model.hidden(tokens, keys_values, groups, cache)[:, -1])
+            model.gpt2.logits(model.hidden(tokens, cross_kv, groups, cache)[:, -1])
 
-        encoding = count_flops(lambda: model.keys_values(model.encode(torch.empty(batch, 3, S, S))))
+        encoding = count_flops(lambda: model.cross_kv(model.encode(torch.empty(batch, 3, S, S))))
         first = count_flops(lambda: step(batch))
         cache.select(torch.arange(batch).repeat_interleave(beams))
         second = count_flops(lambda: step(batch * beams))
@@ -203,7 +202,7 @@ def caption_floor(model, kind, flops, device):
 def original_ends(model, images):
     """The first and the last word of a caption in the original's way; between them the cost grows evenly."""
     for length in (1, WORDS):
-        original_word(model, images, torch.full((len(images), length), model.end_id, device=images.device))
+        original_word(model, images, torch.full((len(images), length), model.eos_id, device=images.device))
 
 
 # batch, beams, repeats, contenders; on a GPU every one at every size
@@ -246,7 +245,7 @@ def caption(device, quick):
                                "medium" if "medium" in name else None) for name, other in others.items()}
         ways[ORIGINAL] = partial(original_ends, models["plain"], images)
         warm = device.type == "cpu" and len(measured) > 0            # on a GPU each size records its graphs
-        seconds = in_turn({name: ways[name] for name in names if name in ways}, repeats, device,
+        seconds = time_interleaved({name: ways[name] for name in names if name in ways}, repeats, device,
                           f"captions, batch {batch}, {beams} beams", warm)
         for name, s in seconds.items():
             s *= WORDS / 2 if name == ORIGINAL else 1
@@ -294,7 +293,7 @@ class RandomCaptions(CaptionSet):
         rng = np.random.default_rng(0)
         self.tokens = rng.integers(vocab_size - 1, size=self.offset[-1]).astype(np.uint16)
         self.captions_of = np.arange(5 * n_image).reshape(n_image, 5)
-        self.tokenizer = types.SimpleNamespace(end_id=vocab_size - 1)
+        self.tokenizer = types.SimpleNamespace(eos_id=vocab_size - 1)
 
 
 def fusion_steps(model, kind, device, batch_size, resident=0):
@@ -312,7 +311,7 @@ def fusion_steps(model, kind, device, batch_size, resident=0):
     model.vit.to("meta")
     optimizer = make_optimizer(trained_parameters(model), cfg)
     trained = [p for p in model.parameters() if p.requires_grad]
-    data = RandomCaptions(32 * batch_size, model.end_id + 1)
+    data = RandomCaptions(32 * batch_size, model.eos_id + 1)
     order = itertools.cycle(batches(data, np.arange(32 * batch_size), batch_size, 0, 0))
     features = torch.randn(resident or 64, model.config.vit.n_patch, model.config.vit.n_embd,
                            device=device if resident else CPU, dtype=torch.float16)
@@ -378,7 +377,7 @@ def train(device, quick):
             peak[name] = processes[name].submit(take_steps, steps, name, device, size, resident).result()
 
         ways = {name: partial(run, name, *case) for name, case in cases.items()}
-        seconds = in_turn(ways, 1 if device.type == "cpu" else 3, device, "training")
+        seconds = time_interleaved(ways, 1 if device.type == "cpu" else 3, device, "training")
     for name, (size, _, steps, most) in cases.items():
         captions, s = size if name == ORIGINAL else 5 * size, seconds[name] / steps
         floor = None if name == ORIGINAL else captions * flops / fastest(name, device)
@@ -398,10 +397,10 @@ def features(device, quick):
     """Preparing pictures and caching ViT features, beside decoding JPEGs and the ViT's own arithmetic."""
     on_gpu, model, number = device.type == "cuda", build(), itertools.count()
     kinds, count = (["bf16"], 1024) if on_gpu else (["fp32", "bf16"], 16 if quick else 24)
-    files, S = layouts.picture_files(ROOT / "assets/examples") * 32, model.config.vit.image_size
+    files, S = caption_formats.picture_files(ROOT / "assets/examples") * 32, model.config.vit.image_size
     with tempfile.TemporaryDirectory() as folder:
-        seconds = in_turn({
-            "decode and resize a JPEG": lambda: [resize(load_image(io.BytesIO(layouts.read(file))), S)
+        seconds = time_interleaved({
+            "decode and resize a JPEG": lambda: [resize(load_image(io.BytesIO(caption_formats.read(file))), S)
                                                  for file in files],
             "prepare, all cores": lambda: write_images(folder, decode(files, S), S)}, 2, CPU, "pictures")
         rows = [{"what": name, "ms an image": 1000 * s / len(files)} for name, s in seconds.items()]
@@ -410,7 +409,7 @@ def features(device, quick):
         def cache(kind, vit):                       # a new name for the weights, or features would be found
             return cached_features(vit, data, f"{kind}{next(number)}", device, DTYPES[kind])
 
-        seconds = in_turn({kind: partial(cache, kind, variant(model, kind, device).vit) for kind in kinds}, 2,
+        seconds = time_interleaved({kind: partial(cache, kind, variant(model, kind, device).vit) for kind in kinds}, 2,
                           device, "features")
     with torch.device("meta"):
         vit = ViT(model.config.vit)
@@ -424,7 +423,7 @@ def features(device, quick):
 
 def startup(device, quick):
     model = build()
-    ranks = [bytes([b]) for b in range(256)] + [f" w{i}".encode() for i in range(256, model.end_id)]
+    ranks = [bytes([b]) for b in range(256)] + [f" w{i}".encode() for i in range(256, model.eos_id)]
     model.tokenizer = Tokenizer("random", {token: rank for rank, token in enumerate(ranks)})
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -432,12 +431,12 @@ def startup(device, quick):
         photo = "sample.py", "assets/examples/coffee.jpg", "--checkpoint", folder, *length
         commands = {"python -c 'import torch'": ["-c", "import torch"],
                     "python sample.py --help": ["sample.py", "--help"], "python sample.py photo.jpg": photo}
-        seconds = in_turn({name: partial(subprocess.run, [sys.executable, *args], cwd=ROOT, check=True,
+        seconds = time_interleaved({name: partial(subprocess.run, [sys.executable, *args], cwd=ROOT, check=True,
                                          stdout=subprocess.DEVNULL) for name, args in commands.items()},
                           2, CPU, "start-up")
     S = model.config.vit.image_size
     run = partial(ours, variant(model, "fp32", device), torch.randn(1, 3, S, S, device=device), 1)
-    seconds["a caption once it runs"] = in_turn({"": run}, 3, device, "one caption")[""]
+    seconds["a caption once it runs"] = time_interleaved({"": run}, 3, device, "one caption")[""]
     return {"Start-up": [{"what": name, "seconds": s} for name, s in seconds.items()]}
 
 

@@ -7,7 +7,7 @@
 
 GPT-2: Hugging Face, OpenAI's TensorFlow checkpoint, nanoGPT. ViT: torchvision (SWAG too), timm, DeiT, DINO,
 MAE, Hugging Face, Google's .npz, CLIP in OpenAI's or Hugging Face's form. Any size of either. The last two
-commands write complete checkpoints. sources.py holds the layouts.
+commands write complete checkpoints. weight_formats.py holds the layouts.
 """
 
 import math
@@ -22,13 +22,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import checkpoint
-import cli
-import sources
-import vit as pictures
-from cli import UserError, flag
-from download import fetch
 from gpt2 import GPT2, GPT2Config
+from lib import checkpoint, cli, weight_formats
+from lib.cli import UserError, flag
+from lib.download import fetch
+from lib.images import load_image, normalize
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from tokenizer import Tokenizer
@@ -74,7 +72,7 @@ class ConvertConfig:
 
 
 def shape_of(tensors, name, usual):
-    """The shape of a tensor, or the usual one where it is missing: `checkpoint.fill` lists what differs."""
+    """The shape of a tensor, or the usual one where it is missing: `checkpoint.load_strict` lists what differs."""
     found = tensors.get(name)
     return usual if found is None or found.ndim != len(usual) else tuple(found.shape)
 
@@ -100,9 +98,9 @@ def build(module_class, config, tensors, kind, source):
     with torch.device("meta"):
         module = module_class(config)
     try:
-        checkpoint.fill(module, tensors, source)
+        checkpoint.load_strict(module, tensors, source)
     except UserError as error:
-        raise UserError(f"{error}; known layouts: {sources.known(kind)}") from None
+        raise UserError(f"{error}; known layouts: {weight_formats.known(kind)}") from None
     return module.eval()
 
 
@@ -123,18 +121,18 @@ def vit_sizes(tensors, source):
 
 def load_vit(path, heads=None, image_size=None):
     """A ViT in any known layout -> (ViT in float32, layout's name). `image_size` interpolates positions."""
-    source, facts = sources.read(path)
+    source, facts = weight_formats.read(path)
     if any(re.search(r"dist(illation)?_token", name) for name in source):
         raise UserError(f"{path} is a distilled DeiT: its features come of a second token, which has no "
                         "place here; take the plain DeiT of that size")
-    layout = sources.recognise(source, "ViT", path)
-    tensors = sources.rename(source, layout, path)
+    layout = weight_formats.recognise(source, "ViT", path)
+    tensors = weight_formats.rename(source, layout, path)
     if any("pre_logits" in name for name in source):                 # ImageNet-21k: a tanh layer before it
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     sizes = vit_sizes(tensors, path)
-    if layout.config is sources.CLIP:                                # its filters have no bias
+    if layout.config is weight_formats.CLIP:                                # its filters have no bias
         tensors["patch_embed.bias"] = torch.zeros(sizes["n_embd"])
-    fields = sources.vit_behaviour(layout, source, facts, sizes["image_size"], path) | sizes
+    fields = weight_formats.vit_behaviour(layout, source, facts, sizes["image_size"], path) | sizes
     fields |= dict(image_size=image_size or sizes["image_size"],
                    n_head=pick_heads(fields.get("n_head"), heads, sizes["n_embd"], VIT_HEADS, path))
     config = ViTConfig(**fields)
@@ -178,26 +176,26 @@ def check_tied(source, name, embedding, path):
 
 def load_gpt2(path, heads=None):
     """A GPT-2 in any known layout -> (GPT2 in float32, the layout's name)."""
-    source, facts = sources.read(path)
-    layout = sources.recognise(source, "GPT-2", path)
+    source, facts = weight_formats.read(path)
+    layout = weight_formats.recognise(source, "GPT-2", path)
     fields = {"n_head": facts.get("n_head")}
-    if layout is sources.HF_GPT2:
+    if layout is weight_formats.HF_GPT2:
         rows, columns = next(tensor.shape for name, tensor in source.items() if name.endswith(layout.sign))
         if rows == 3 * columns:                                      # (out, in): torch's Linear, not Conv1D
-            layout = sources.NANOGPT
+            layout = weight_formats.NANOGPT
         else:
             fields |= dict(eps=facts.get("layer_norm_epsilon", 1e-5),
-                           activation=sources.activation_of(
+                           activation=weight_formats.activation_of(
                                facts.get("activation_function", "gelu_new"), path))
             if facts.get("scale_attn_by_inverse_layer_idx") or not facts.get("scale_attn_weights", True):
                 raise UserError(f"{path} scales its attention in a way of its own (see its config.json)")
-    tensors = sources.rename(source, layout, path)
+    tensors = weight_formats.rename(source, layout, path)
     check_tied(source, "lm_head.weight", tensors.get("wte.weight"), path)
     surplus = gpt2_sizes(tensors)["vocab_size"] - GPT2_VOCABULARY
     if surplus > 0:                                                  # nanoGPT pads, others add tokens
         print(f"{path}: {surplus} rows beyond GPT-2's vocabulary are left out", file=sys.stderr)
         tensors["wte.weight"] = tensors["wte.weight"][:GPT2_VOCABULARY]
-    if layout is sources.NANOGPT and not any(name.endswith(".bias") for name in tensors):    # trained without
+    if layout is weight_formats.NANOGPT and not any(name.endswith(".bias") for name in tensors):    # trained without
         tensors |= {name.replace("weight", "bias"): torch.zeros(len(tensor))
                     for name, tensor in tensors.items() if name.startswith(("h.", "ln_f"))}
     fields |= layout.config | gpt2_sizes(tensors)
@@ -207,9 +205,9 @@ def load_gpt2(path, heads=None):
 
 def load_published(path, heads=None):
     """The published Vision-GPT -> (VisionGPT in float32 without tokenizer, the layout's name)."""
-    source, facts = sources.read(path)
-    layout = sources.recognise(source, "Vision-GPT", path)
-    tensors = sources.rename(sources.number_blocks(source, path), layout, path)
+    source, facts = weight_formats.read(path)
+    layout = weight_formats.recognise(source, "Vision-GPT", path)
+    tensors = weight_formats.rename(weight_formats.number_blocks(source, path), layout, path)
     check_tied(source, "out_head.weight", tensors.get("gpt2.wte.weight"), path)
     parts = {part: {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
              for part in ("vit.", "gpt2.", "resampler.")}
@@ -280,7 +278,7 @@ def write_checkpoint(model, layout, out, dtype, training):
 
 def evaluation_input(image, config):
     """A picture -> (1, 3, S, S), through the evaluation transform that the weights name."""
-    image, transform = pictures.load_image(image), config.transform
+    image, transform = load_image(image), config.transform
     filter, S = Image.Resampling[transform["filter"].upper()], config.image_size
     if "squash" in transform:
         image = image.resize((S, S), filter)
@@ -289,7 +287,7 @@ def evaluation_input(image, config):
         image = image.resize([transform["resize"] * length // short for length in image.size], filter)
         left, top = (round((length - S) / 2) for length in image.size)
         image = image.crop((left, top, left + S, top + S))
-    return pictures.normalize(torch.from_numpy(np.array(image))[None], config)
+    return normalize(torch.from_numpy(np.array(image))[None], config)
 
 
 def show_classes(vit, image):
@@ -305,14 +303,14 @@ def show_classes(vit, image):
 def show_continuations(gpt2, tokenizer, text="A photo of a man riding a"):
     """Print the five likeliest tokens after a sentence."""
     with torch.inference_mode():
-        logits = gpt2(torch.tensor([[tokenizer.end_id, *tokenizer.encode(text)]]))
+        logits = gpt2(torch.tensor([[tokenizer.eos_id, *tokenizer.encode(text)]]))
     for probability, token in zip(*(values.tolist() for values in logits[0, -1].softmax(-1).topk(5))):
         print(f"{text}{tokenizer.decode([token])}  {probability:.2%}")
 
 
 def convert(settings):
     if settings.check:
-        pictures.load_image(settings.check)                          # rather now than after the work
+        load_image(settings.check)                          # rather now than after the work
     dtype = cli.pick_dtype(settings.dtype) or torch.float32
     if settings.vision_gpt:
         convert_published(settings, dtype)

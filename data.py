@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import checkpoint
-import cli
 import fast
-from cli import UserError
+from lib import checkpoint, cli
+from lib.cli import UserError
+from lib.images import normalize, resize
 from tokenizer import Tokenizer, pad_captions
-from vit import normalize, resize
 
 # --------------------------------------------------------------------------------------------------
 # writing a prepared set
@@ -275,7 +274,7 @@ def read_pixels(data, images, size):
     return torch.from_numpy(pixels)
 
 
-class Eyes:
+class ImageInputs:
     """Image indices -> what `VisionGPT.encode` takes: cached features if the ViT is frozen, else pixels."""
 
     def __init__(self, model, data, cfg, device, dtype):
@@ -307,7 +306,7 @@ class Eyes:
 def collate(data, images, eyes, rng=None, limit=None):
     """Image indices -> a batch: what is seen, tokens and targets (R, T), the row of `seen` (R,) of each."""
     rows, image = data.rows(images, limit, rng)
-    tokens, targets = pad_captions(rows, data.tokenizer.end_id)
+    tokens, targets = pad_captions(rows, data.tokenizer.eos_id)
     return {"seen": eyes(images, rng), "tokens": tokens, "targets": targets, "image": torch.tensor(image),
             "count": int((targets != -100).sum())}
 

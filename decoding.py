@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cli import UserError, flag
+from lib.cli import UserError, flag
 
 
 @dataclass

@@ -22,17 +22,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-import checkpoint
-import cli
 import fast
-import figures
-from cli import UserError, flag
 from data import CaptionSet, read_pixels, write_json
 from decoding import DecodingConfig
-from metrics import judge, meteor, score
+from lib import checkpoint, cli, figures
+from lib.cli import UserError, flag
+from lib.images import normalize
+from lib.metrics import judge, meteor, score
 from model import VisionGPT
 from tokenizer import pad_captions
-from vit import normalize
 
 DATA = "data/flickr8k"
 DRAWN = 24                             # pictures of --grid without --worst
@@ -96,7 +94,7 @@ def caption(model, data, images, seen, config, blind=False):
     Returns the texts and a dict: loss and perplexity of all reference captions of `images`, under the
     same looks, share of captions that came to an end, speed. Raises UserError when the loss overflows.
     """
-    vit, prompt = model.config.vit, model.need_tokenizer().encode(config.prompt)
+    vit, prompt = model.config.vit, model.require_tokenizer().encode(config.prompt)
     generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
     texts, ended, loss, count, seconds = [], 0, 0.0, 0, 0.0
     for start in cli.progress(range(0, len(images), config.batch_size), "captioning: batch"):
@@ -108,7 +106,7 @@ def caption(model, data, images, seen, config, blind=False):
         texts += [model.tokenizer.decode(prompt + row).strip() for row in rows]
         ended += sum(len(row) < config.max_length for row in rows)   # the end token counts there, but is cut
         references, image = data.rows(images[part])
-        tokens, targets = (t.to(model.device) for t in pad_captions(references, model.end_id))
+        tokens, targets = (t.to(model.device) for t in pad_captions(references, model.eos_id))
         loss += model.loss(tokens, visual, targets, torch.tensor(image), reduction="sum").item()
         count += int((targets != -100).sum())
     if not math.isfinite(loss):
@@ -126,7 +124,7 @@ def run_model(config):
     fast.pack(model.requires_grad_(False), config.int8)
     if config.compile:
         fast.record(model)
-    data = CaptionSet(config.data or trained.get("data") or DATA, model.need_tokenizer())
+    data = CaptionSet(config.data or trained.get("data") or DATA, model.require_tokenizer())
     images = data.split(config.split)[: config.limit or None]
     if config.shuffle_images and len(images) < 2:
         raise UserError("--shuffle-images needs at least two images")

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError
 from gpt2 import GPT2, KVCache
+from lib.cli import UserError
 
 # oneDNN's linear layer as an eager operator; private to PyTorch, so it may be absent
 POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -183,11 +183,11 @@ def record(model):
     return model
 
 
-def replay(model, eager, cache, keys_values, groups, rows, length):
+def replay(model, eager, cache, cross_kv, groups, rows, length):
     """`step` and `select` for decoding.py: `eager` for the prompt, into `cache`, and from there on graphs."""
-    key = len(keys_values), groups.n_image, rows, length                         # no image: plain GPT-2
+    key = len(cross_kv), groups.n_image, rows, length                         # no image: plain GPT-2
     if key not in model.recorded:
-        model.recorded[key] = Recorded(model, keys_values, groups, rows, length)
+        model.recorded[key] = Recorded(model, cross_kv, groups, rows, length)
     recorded, begun = model.recorded[key], False
 
     def select(parents):
@@ -195,7 +195,7 @@ def replay(model, eager, cache, keys_values, groups, rows, length):
         if begun:
             recorded.cache.select(parents)
         else:
-            recorded.start(keys_values, cache, parents)
+            recorded.start(cross_kv, cache, parents)
             begun = True
 
     def step(tokens):
@@ -211,19 +211,19 @@ def replay(model, eager, cache, keys_values, groups, rows, length):
 class Recorded:
     """Token steps of `rows` texts over fixed buffers: cache, newest tokens, keys and values, logits."""
 
-    def __init__(self, model, keys_values, groups, rows, length):
+    def __init__(self, model, cross_kv, groups, rows, length):
         self.model, self.groups, self.graphs = model, groups, {}
         weight = model.gpt2.wte.weight
         self.cache = KVCache(model.gpt2.config, rows, length, weight.device, weight.dtype)
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)
         self.logits = weight.new_empty(rows, len(weight))
-        self.keys_values = {name: torch.empty_like(kv) for name, kv in keys_values.items()}
+        self.cross_kv = {name: torch.empty_like(kv) for name, kv in cross_kv.items()}
         self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(weight.device)
 
-    def start(self, keys_values, cache, parents):
+    def start(self, cross_kv, cache, parents):
         """Begin with row parents[i] of `cache`, which holds the prompt, as row i."""
-        for name, kv in keys_values.items():
-            self.keys_values[name].copy_(kv)
+        for name, kv in cross_kv.items():
+            self.cross_kv[name].copy_(kv)
         n = self.cache.length = cache.length
         self.cache.k[..., :n, :] = cache.k[:, parents, :, :n]
         self.cache.v[..., :n, :] = cache.v[:, parents, :, :n]
@@ -252,5 +252,5 @@ class Recorded:
 
     def forward(self, n):
         self.cache.length = n
-        x = self.model.hidden(self.tokens, self.keys_values, self.groups, self.cache)
+        x = self.model.hidden(self.tokens, self.cross_kv, self.groups, self.cache)
         self.logits.copy_(self.model.gpt2.logits(x[:, -1]))

@@ -4,15 +4,14 @@ Letters: R rows of text, T text positions, C width, H heads, D head width. Where
 tokens of all rows lie one after another: (M, C) in place of (R, T, C).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
-from cli import UserError
+from lib import checkpoint
+from lib.cli import UserError
 
 
 @dataclass

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
 import fast
-import vit as pictures
-from cli import UserError, atomic, nearest, pick_device
 from decoding import DecodingConfig, decode
 from gpt2 import GPT2, GPT2Config, KVCache, Ragged
+from lib import checkpoint
+from lib.cli import UserError, atomic, nearest, pick_device
+from lib.images import preprocess
 from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig
 from tokenizer import Tokenizer, pad_captions
 from vit import ViT, ViTConfig
@@ -77,7 +77,7 @@ class VisionGPT(nn.Module):
         return self
 
     @property
-    def end_id(self):
+    def eos_id(self):
         """The token that starts and ends every caption: the last of the vocabulary, 50256 in GPT-2's."""
         return self.config.gpt2.vocab_size - 1
 
@@ -94,11 +94,11 @@ class VisionGPT(nn.Module):
             features = self.vit(images.to(self.vit.cls_token.dtype))[:, 1:]      # without the class token
         return self.resampler(features.to(self.resampler.latents.dtype))
 
-    def keys_values(self, visual):
+    def cross_kv(self, visual):
         """Visual tokens (B, L, C) -> {block: (k, v)} of every cross-attention, each (B, H, L, D)."""
-        return {name: layer.keys_values(visual) for name, layer in self.xattn.items()}
+        return {name: layer.cross_kv(visual) for name, layer in self.xattn.items()}
 
-    def hidden(self, tokens, keys_values, groups, cache=None, ragged=None):
+    def hidden(self, tokens, cross_kv, groups, cache=None, ragged=None):
         """Where the two worlds meet: GPT-2's blocks, with cross-attention before some -> (R, T, C).
 
         With `ragged` only what it keeps of the tokens is computed -> (M, C).
@@ -106,8 +106,8 @@ class VisionGPT(nn.Module):
         x = self.gpt2.embed(tokens, cache.length if cache else 0)
         x = x if ragged is None else ragged.unpad(x)
         for layer, block in enumerate(self.gpt2.h):
-            if str(layer) in keys_values:
-                x = self.xattn[str(layer)](x, keys_values[str(layer)], groups, ragged)
+            if str(layer) in cross_kv:
+                x = self.xattn[str(layer)](x, cross_kv[str(layer)], groups, ragged)
             x = block(x, cache, layer, ragged)
         if cache:
             cache.length += tokens.shape[1]
@@ -120,7 +120,7 @@ class VisionGPT(nn.Module):
         if len(visual if image is None else image) != len(tokens):
             raise UserError(f"{len(tokens)} caption rows and {len(visual)} images: "
                             "name each row's image with image=")
-        return self.hidden(tokens, self.keys_values(visual), Groups(len(visual), image), ragged=ragged)
+        return self.hidden(tokens, self.cross_kv(visual), Groups(len(visual), image), ragged=ragged)
 
     def forward(self, tokens, visual=None, targets=None, image=None):
         """Tokens (R, T) -> logits (R, T, V), and the mean cross-entropy over targets but -100, or None.
@@ -155,8 +155,8 @@ class VisionGPT(nn.Module):
         """Mean log-probability per token, end token counted, of a caption for each image -> (B,) float32."""
         if len(images) != len(captions):
             raise UserError(f"{len(captions)} captions for {len(images)} images: give one for each")
-        rows = [self.need_tokenizer().encode(text) for text in captions]
-        tokens, targets = pad_captions(rows, self.end_id)
+        rows = [self.require_tokenizer().encode(text) for text in captions]
+        tokens, targets = pad_captions(rows, self.eos_id)
         with torch.inference_mode():
             logits, _ = self(tokens.to(self.device), self.encode(images.to(self.device)))
             targets = targets.to(self.device)
@@ -169,7 +169,7 @@ class VisionGPT(nn.Module):
 
     def preprocess(self, images):
         """Paths or PIL images -> (B, 3, S, S) float32 on the CPU."""
-        return pictures.preprocess(images, self.config.vit)
+        return preprocess(images, self.config.vit)
 
     def caption(self, images, batch_size=16, **decoding):
         """A path or PIL image -> its caption; a list of them -> a list. Takes what `generate` takes."""
@@ -192,7 +192,7 @@ class VisionGPT(nn.Module):
                 hint = nearest(name, DecodingConfig.__dataclass_fields__)
                 raise UserError(f"unknown decoding setting {name}{hint}")
         config = DecodingConfig(**decoding)
-        prompt = self.need_tokenizer().encode(config.prompt)
+        prompt = self.require_tokenizer().encode(config.prompt)
         tokens, scores = self.generate_tokens(config, prompt, images, visual, generator)
         texts = [self.tokenizer.decode(prompt + row).strip() for row in tokens]
         return (texts, scores) if return_scores else texts
@@ -206,28 +206,28 @@ class VisionGPT(nn.Module):
                             f"GPT-2 has left after a prompt of {len(prompt)} tokens")
         if images is not None:
             visual = self.encode(images.to(self.device))
-        keys_values, B = ({}, 1) if visual is None else (self.keys_values(visual), len(visual))
-        start = torch.tensor([[self.end_id, *prompt]], device=self.device).expand(B, -1)
+        cross_kv, B = ({}, 1) if visual is None else (self.cross_kv(visual), len(visual))
+        start = torch.tensor([[self.eos_id, *prompt]], device=self.device).expand(B, -1)
         dtype, length = self.gpt2.wpe.weight.dtype, start.shape[1] + config.max_length
         cache, groups = KVCache(self.config.gpt2, B, length, self.device, dtype), Groups(B)
 
         def step(tokens):
-            return self.gpt2.logits(self.hidden(tokens, keys_values, groups, cache)[:, -1])
+            return self.gpt2.logits(self.hidden(tokens, cross_kv, groups, cache)[:, -1])
 
         select = cache.select
         if self.recorded is not None:
             rows = B * max(config.num_beams, config.num_return_sequences)
-            step, select = fast.replay(self, step, cache, keys_values, groups, rows, length)
-        return decode(step, select, start, config, self.end_id, generator)
+            step, select = fast.replay(self, step, cache, cross_kv, groups, rows, length)
+        return decode(step, select, start, config, self.eos_id, generator)
 
-    def need_tokenizer(self):
+    def require_tokenizer(self):
         """The tokenizer. Raises UserError when there is none, or one of another size than the vocabulary."""
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: put a tokenizer.json into its folder, "
                             "or set model.tokenizer")
-        if self.tokenizer.vocab_size != self.end_id + 1:
+        if self.tokenizer.vocab_size != self.eos_id + 1:
             raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
-                            f"{self.end_id + 1}: they do not belong together")
+                            f"{self.eos_id + 1}: they do not belong together")
         return self.tokenizer
 
     # ----------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class VisionGPT(nn.Module):
                 tensors |= {f"{name}.{key}": tensor for key, tensor in checkpoint.read_tensors(file).items()}
         else:
             tensors = checkpoint.read_tensors(folder / "model.safetensors")
-        checkpoint.fill(model, tensors, folder)
+        checkpoint.load_strict(model, tensors, folder)
         if dtype is None:               # one for all: backbones may be stored in another than the fusion
             dtype = torch.float32 if device.type == "cpu" else model.resampler.latents.dtype
         return model.to(device=device, dtype=dtype).eval()

@@ -26,12 +26,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import cli
 import data
-import layouts
-import vit
-from cli import UserError
-from layouts import basename
+from lib import caption_formats, cli
+from lib.caption_formats import basename
+from lib.cli import UserError
+from lib.images import load_image, resize
 from tokenizer import Tokenizer
 
 MIRROR = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
@@ -61,13 +60,13 @@ class Image(typing.NamedTuple):
     split: str | None
     image_id: int | None
     texts: list
-    file: layouts.File
+    file: caption_formats.File
 
 
 def locate(config):
     """The path of the pictures and those of the captions; if none is given, downloads the official zips."""
     if not config.images and not config.captions:
-        from download import fetch
+        from lib.download import fetch
         zips = [str(fetch(MIRROR + name, f"downloads/{name}", md5=md5)) for name, md5 in ARCHIVES.items()]
         return zips[0], zips[1:]
     if config.images:
@@ -153,8 +152,8 @@ def decode(files, size):
     def work(file):
         with contextlib.suppress(UserError):
             with reading:                                            # an archive has but one reader
-                content = layouts.read(file)
-            return np.asarray(vit.resize(vit.load_image(io.BytesIO(content)), size))
+                content = caption_formats.read(file)
+            return np.asarray(resize(load_image(io.BytesIO(content)), size))
 
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
         for file in files:
@@ -167,17 +166,17 @@ def decode(files, size):
 def collect(config):
     """Images, what says their splits, {reason: names} of what is unusable. Raises UserError when all is."""
     pictures_path, caption_paths = locate(config)
-    given, lists, pictures, broken = layouts.read_captions(
-        [file for path in caption_paths for file in layouts.caption_files(path)])
+    given, lists, pictures, broken = caption_formats.read_captions(
+        [file for path in caption_paths for file in caption_formats.caption_files(path)])
     captions = [c for c in given if data.clean_caption(c.text)]
     skipped = {"broken entries of the captions": broken,
                "blank captions": [c.image for c in given if not data.clean_caption(c.text)]}
     if not captions:
         raise UserError(f"no caption in {some(caption_paths)} can be used; broken: {some(broken) or 'none'}")
-    pictures = pictures or layouts.picture_files(pictures_path)
+    pictures = pictures or caption_formats.picture_files(pictures_path)
     if not pictures:
         raise UserError(f"no pictures in {pictures_path}; name their folder or zip archive with --images")
-    matches = layouts.candidates(dict.fromkeys(c.image for c in captions), pictures)
+    matches = caption_formats.candidates(dict.fromkeys(c.image for c in captions), pictures)
     files = {name: fits[0] for name, fits in matches.items() if len(fits) == 1}
     if not files:
         raise UserError(f"none of the {len(matches):,} images in the captions is among the {len(pictures):,} "

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-import cli
 import data
-from cli import UserError, flag
+from lib import cli
+from lib.cli import UserError, flag
 from tokenizer import Tokenizer
 
 COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 20), "yellow": (245, 215, 30),

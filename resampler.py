@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError
+from lib.cli import UserError
 
 EPS = 1e-5
 
@@ -90,7 +90,7 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def keys_values(self, visual):
+    def cross_kv(self, visual):
         """Visual tokens (B, L, C) -> k, v (B, H, L, D): once an image, for all its captions and words."""
         B, L, _ = visual.shape
         return self.kv(visual).view(B, L, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
@@ -99,9 +99,9 @@ class CrossAttention(nn.Module):
         """Text (R, T, C) -> q (R, T, C)."""
         return self.q(self.ln(x))
 
-    def forward(self, x, keys_values, groups, ragged=None):
-        """Text (R, T, C), or (M, C) if ragged, and one block's `keys_values` -> the same shape."""
-        k, v = keys_values
+    def forward(self, x, cross_kv, groups, ragged=None):
+        """Text (R, T, C), or (M, C) if ragged, and one block's `cross_kv` -> the same shape."""
+        k, v = cross_kv
         q = self.queries(x)
         q = q if ragged is None else ragged.pad(q)
         R, T, C = q.shape

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-import cli
-from cli import UserError
+from lib import cli
+from lib.cli import UserError
 
 # what is worth keeping of a run, so that a new one must not find it
 MADE = ("training_state.pt", "config.json", "fusion.safetensors", "model.safetensors")

@@ -26,10 +26,9 @@ from pathlib import Path
 
 from PIL import ImageOps
 
-import cli
-import figures
-from cli import UserError, flag
 from decoding import DecodingConfig
+from lib import cli, figures
+from lib.cli import UserError, flag
 
 EXAMPLES = Path(__file__).parent / "assets/examples"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -119,7 +118,7 @@ def is_url(source):
 
 def load(source, size, draw):
     """Read a Picture; one that cannot be read has an `error` and nothing else."""
-    from vit import load_image, resize
+    from lib.images import load_image, resize
     try:
         image = load_image(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else
                            io.BytesIO(fetch(source)) if is_url(source) else source)
@@ -146,7 +145,7 @@ def fetch(url):
 def caption(model, pictures, config, generator=None):
     """Give each of a batch of Pictures its captions, scores and tokens."""
     images = model.preprocess([p.pixels for p in pictures])
-    prompt = model.need_tokenizer().encode(config.prompt)
+    prompt = model.require_tokenizer().encode(config.prompt)
     tokens, scores = model.generate_tokens(config, prompt, images, generator=generator)
     texts = [model.tokenizer.decode(prompt + row).strip() for row in tokens]
     n = config.num_return_sequences
@@ -160,7 +159,7 @@ def attention_sheets(model, pictures, config):
     from attention import attention_maps, words
     from tokenizer import pad_captions
     prompt = model.tokenizer.encode(config.prompt)
-    tokens, _ = pad_captions([prompt + p.tokens for p in pictures], model.end_id)
+    tokens, _ = pad_captions([prompt + p.tokens for p in pictures], model.eos_id)
     images = model.preprocess([p.pixels for p in pictures])
     maps = attention_maps(model, images, tokens, config.attention_layer)[:, len(prompt) :].numpy()
     for p, own in zip(pictures, maps):
@@ -203,10 +202,11 @@ def main(args=None):
     for line in missing:
         print(line, file=sys.stderr)
 
-    import torch                                        # slow to import: after what can go wrong without it
-    import checkpoint
+    import torch  # slow to import: after what can go wrong without it
+
     import fast
     from data import load_ahead
+    from lib import checkpoint
     from model import VisionGPT
     folder = config.checkpoint or checkpoint.find_checkpoint()
     if not config.checkpoint:

@@ -9,7 +9,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from cli import UserError, atomic
+from lib.cli import UserError, atomic
 
 END = "<|endoftext|>"
 # how GPT-2 cuts text into the pieces within which tokens form: contractions, words, numbers, signs, spaces
@@ -17,13 +17,13 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 
 class Tokenizer:
-    """Text <-> token ids. `end_id`, the last, starts and ends a caption; END in a text is ordinary text."""
+    """Text <-> token ids. `eos_id`, the last, starts and ends a caption; END in a text is ordinary text."""
 
     def __init__(self, name, ranks):
         self.name, self.ranks = name, ranks
-        self.end_id, self.vocab_size = len(ranks), len(ranks) + 1
+        self.eos_id, self.vocab_size = len(ranks), len(ranks) + 1
         self.encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
-                                          special_tokens={END: self.end_id}, explicit_n_vocab=self.vocab_size)
+                                          special_tokens={END: self.eos_id}, explicit_n_vocab=self.vocab_size)
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
@@ -33,12 +33,12 @@ class Tokenizer:
 
     def decode(self, tokens):
         """Token ids -> text; end tokens are left out, bytes that are no UTF-8 become the replacement sign."""
-        return self.encoding.decode([t for t in tokens if t != self.end_id])
+        return self.encoding.decode([t for t in tokens if t != self.eos_id])
 
     def save(self, folder):
         """Write `folder`/tokenizer.json: name, pattern, specials, the tokens in the order of their ranks."""
         tokens = [base64.b64encode(t).decode() for t in sorted(self.ranks, key=self.ranks.get)]
-        content = {"name": self.name, "pattern": PATTERN, "specials": {END: self.end_id}, "ranks": tokens}
+        content = {"name": self.name, "pattern": PATTERN, "specials": {END: self.eos_id}, "ranks": tokens}
         with atomic(Path(folder) / "tokenizer.json") as temporary:
             Path(temporary).write_text(json.dumps(content))
 
@@ -91,7 +91,7 @@ class Tokenizer:
         """
         if vocab_size < 257:
             raise UserError(f"vocab_size is {vocab_size}, but 256 bytes and the end token need 257")
-        import regex                                      # comes with tiktoken
+        import regex  # comes with tiktoken
         pieces = Counter(piece for text in texts for piece in regex.findall(PATTERN, text))
         words = [[bytes([b]) for b in piece.encode(errors="replace")] for piece in pieces]
         counts = list(pieces.values())
@@ -123,15 +123,15 @@ class Tokenizer:
         return cls("bpe", ranks)
 
 
-def pad_captions(rows, end_id):
+def pad_captions(rows, eos_id):
     """Lists of tokens -> tokens (R, T) after a start token, and targets (R, T), -100 after the end token."""
     T = 1 + max(map(len, rows), default=0)
-    tokens = np.full((len(rows), T), end_id, dtype=np.int64)
+    tokens = np.full((len(rows), T), eos_id, dtype=np.int64)
     targets = np.full((len(rows), T), -100, dtype=np.int64)
     for r, row in enumerate(rows):
         n = len(row)
         tokens[r, 1 : 1 + n] = targets[r, :n] = row
-        targets[r, n] = end_id
+        targets[r, n] = eos_id
     return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 

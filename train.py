@@ -21,14 +21,12 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import checkpoint
-import cli
 import fast
-import figures
-from cli import UserError, flag
-from data import CaptionSet, Eyes, batches, clean_caption, collate, load_ahead, to_device
+from data import CaptionSet, ImageInputs, batches, clean_caption, collate, load_ahead, to_device
 from gpt2 import GPT2Config
-from metrics import judge
+from lib import checkpoint, cli, figures
+from lib.cli import UserError, flag
+from lib.metrics import judge
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from runs import MADE, Log, peak_memory, run_folder, stop_signal
@@ -236,7 +234,7 @@ def build_model(cfg):
     """The model to train, on the CPU in float32, and the data in its tokens."""
     if cfg.init_from:
         model = VisionGPT.from_pretrained(cfg.init_from, "cpu", torch.float32, cfg.weights)
-        data = CaptionSet(cfg.data, model.need_tokenizer())
+        data = CaptionSet(cfg.data, model.require_tokenizer())
     elif cfg.preset == "flickr8k":
         files = {"vit": Path(cfg.vit or f"{cfg.weights}/vit.safetensors"),
                  "gpt2": Path(cfg.gpt2 or f"{cfg.weights}/gpt2.safetensors")}
@@ -246,7 +244,7 @@ def build_model(cfg):
             raise UserError(f"{' and '.join(missing)} missing: run python convert_weights.py, or name their "
                             f"folder with --weights; --preset shapes needs none")
         model = VisionGPT.from_backbones(files, data.tokenizer)
-        model.need_tokenizer()                                        # raises UserError if it is not GPT-2's
+        model.require_tokenizer()                                        # raises UserError if it is not GPT-2's
     else:
         data = CaptionSet(cfg.data)
         if cfg.preset == "mini":
@@ -271,12 +269,12 @@ def set_dropout(model, p, everywhere, patches=0.0):
     model.config.vit.patch_dropout = patches if everywhere else 0.0
 
 
-def hide_words(tokens, share, end_id):
+def word_dropout(tokens, share, eos_id):
     """Word dropout (Bowman et al. 2016): that share of tokens (R, T) becomes the end token."""
     if not share:
         return tokens
     hidden = torch.rand(tokens.shape, device=tokens.device) < share
-    return tokens.masked_fill(hidden, end_id)
+    return tokens.masked_fill(hidden, eos_id)
 
 
 def words_head(model, data):
@@ -369,7 +367,7 @@ def run(cfg, state, out):
 
     kept = model.backbones if model.frozen else None                  # not saved again
     frozen_dtype = amp if kept and amp else torch.float32
-    eyes = Eyes(model, data, cfg, device, frozen_dtype)
+    eyes = ImageInputs(model, data, cfg, device, frozen_dtype)
     if model.frozen:
         model.vit.to(frozen_dtype)
         model.gpt2.to(frozen_dtype)
@@ -462,7 +460,7 @@ def run(cfg, state, out):
             n_words = max(1, sum(part["words"].sum().item() for part in parts)) if words else 1
             for part in parts:
                 part = to_device(part, device)
-                tokens = hide_words(part["tokens"], cfg.word_dropout, model.end_id)
+                tokens = word_dropout(part["tokens"], cfg.word_dropout, model.eos_id)
                 with autocast():
                     seen, second = part["seen"], None
                     if words:

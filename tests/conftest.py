@@ -12,10 +12,6 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                  # tiny models: a second thread only waits
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -10,10 +10,10 @@ import torch
 from test_model import batch, tiny_config, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import baselines
 import bench
 from bench import CPU, WORDS
-from cli import UserError
+from lib import baselines
+from lib.cli import UserError
 
 CONFIG = tiny_config(40)
 
@@ -60,7 +60,7 @@ def test_original_way_writes_the_same_tokens():
     model = tiny_model()
     images = torch.randn(3, 3, 16, 16)
     tokens = bench.ours(model, images, 1)
-    text = torch.full((3, 1), model.end_id)
+    text = torch.full((3, 1), model.eos_id)
     for _ in range(WORDS):
         text = torch.cat([text, baselines.original_word(model, images, text)[:, None]], dim=1)
     assert text[:, 1:].tolist() == tokens
@@ -133,11 +133,11 @@ def test_contenders_run_in_turn_and_medians_are_taken():
         time.sleep(next(pauses))
 
     runs = {name: lambda name=name: contender(name) for name in "ab"}
-    seconds = bench.in_turn(runs, 3, CPU, "test")
+    seconds = bench.time_interleaved(runs, 3, CPU, "test")
     assert "".join(calls) == "abababab"
     assert 0.001 <= seconds["a"] < 0.02 and seconds["b"] < seconds["a"]
     pauses = iter([0.02, 0])
-    assert bench.in_turn(runs, 1, CPU, "test", warm=True)["a"] >= 0.02 and calls[8:] == ["a", "b"]
+    assert bench.time_interleaved(runs, 1, CPU, "test", warm=True)["a"] >= 0.02 and calls[8:] == ["a", "b"]
 
 
 def test_memory_of_a_process_is_its_own():
@@ -153,7 +153,7 @@ def test_training_is_timed_in_processes_and_compared_by_captions(monkeypatch):
     monkeypatch.setattr(bench, "contender", lambda name, device, size, resident:
                         lambda n: steps.append((name, size, n)))
     monkeypatch.setattr(bench, "new_process", lambda: ThreadPoolExecutor(1))
-    monkeypatch.setattr(bench, "in_turn", lambda ways, *rest: {
+    monkeypatch.setattr(bench, "time_interleaved", lambda ways, *rest: {
         name: way() or (1.0 if name == bench.ORIGINAL else 4.0) for name, way in ways.items()})
     (rows,) = bench.train(CPU, quick=False).values()
     assert steps == [(bench.ORIGINAL, 16, 1), ("fp32", 16, 4), ("bf16", 16, 4)]

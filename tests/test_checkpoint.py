@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
-
-import checkpoint
-from cli import UserError
-from gpt2 import GPT2
-from model import VisionGPT
 from test_model import captioner, tiny_model
+
+from gpt2 import GPT2
+from lib import checkpoint
+from lib.cli import UserError
+from model import VisionGPT
 from vit import ViT
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -246,7 +246,7 @@ def test_a_model_that_does_not_fit_is_described(trained):
     wrong = {name: t for name, t in tensors.items() if name != "gpt2.ln_f.bias"} | {
         "extra": torch.zeros(1), "resampler.latents": torch.zeros(7, 16)}
     with pytest.raises(UserError) as caught:
-        checkpoint.fill(trained, wrong, "a file")
+        checkpoint.load_strict(trained, wrong, "a file")
     assert str(caught.value) == ("a file does not fit the model: missing gpt2.ln_f.bias; unknown extra; "
                                  "of another shape "
                                  "resampler.latents (7, 16) instead of (3, 16)")

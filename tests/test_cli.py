@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import cli
-from cli import UserError, flag
+from lib import cli
+from lib.cli import UserError, flag
 
 
 @dataclass
@@ -90,7 +90,7 @@ def test_help_explains_each_flag_with_its_default(capsys):
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
-import cli
+from lib import cli
 
 def main():
     {body}

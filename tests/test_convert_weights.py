@@ -19,13 +19,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import checkpoint
 import convert_weights
-import download
-import sources
-from cli import UserError
 from convert_weights import ConvertConfig, convert, load_gpt2, load_published, load_vit
 from gpt2 import GPT2, GPT2Config
+from lib import checkpoint, download
+from lib.cli import UserError
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from tokenizer import Tokenizer

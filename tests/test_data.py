@@ -12,14 +12,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-import checkpoint
-from cli import UserError
-from data import (CaptionSet, Eyes, augment, batches, cached_features, clean_caption, collate, load_ahead,
-                  read_pixels, write_images, write_set)
 from test_model import TEXTS, tiny_model
+
+from data import (
+    CaptionSet,
+    ImageInputs,
+    augment,
+    batches,
+    cached_features,
+    clean_caption,
+    collate,
+    load_ahead,
+    read_pixels,
+    write_images,
+    write_set,
+)
+from lib import checkpoint
+from lib.cli import UserError
+from lib.images import normalize, preprocess, resize
 from tokenizer import Tokenizer
-from vit import ViT, ViTConfig, normalize, preprocess, resize
+from vit import ViT, ViTConfig
 
 WORDS = "a dog cat runs sleeps on the red sofa grass it's big man with ball".split()
 
@@ -164,7 +176,7 @@ def test_collate_shares_images_and_pads_by_length(prepared):
     folder, _, texts = prepared
     data, images = CaptionSet(folder), np.array([6, 1, 4])
     batch = collate(data, images, lambda images, rng: {"images": images})
-    end, rows = data.tokenizer.end_id, [(p, t) for p, i in enumerate(images) for t in texts[i]]
+    end, rows = data.tokenizer.eos_id, [(p, t) for p, i in enumerate(images) for t in texts[i]]
     assert batch["image"].tolist() == [place for place, _ in rows] and batch["seen"]["images"] is images
     assert batch["tokens"].shape == batch["targets"].shape == (len(rows), 1 + data.longest(images).max())
     for tokens, targets, (_, text) in zip(batch["tokens"].tolist(), batch["targets"].tolist(), rows):
@@ -239,7 +251,7 @@ def test_read_pixels_gives_what_a_captioner_sees(prepared, tmp_path):
 
 def eyes_of(data, model, **changes):
     cfg = SimpleNamespace(**{"blind": False, "augment": False, "train": "fusion", **changes})
-    return Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+    return ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
 
 
 def test_eyes_see_pixels_crops_features_or_nothing(prepared):

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-
-from cli import UserError
-from decoding import DecodingConfig, sample
 from test_model import tiny_model
+
+from decoding import DecodingConfig, sample
+from lib.cli import UserError
 
 INF = float("inf")
 
@@ -43,7 +43,7 @@ def next_logits(model, visual, text, config, end, new):
 
 
 def greedy(model, visual, prompt, config):
-    end, text, total = model.end_id, [model.end_id, *prompt], 0.0
+    end, text, total = model.eos_id, [model.eos_id, *prompt], 0.0
     for new in range(1, config.max_length + 1):
         logprobs = next_logits(model, visual, text, config, end, new).log_softmax(-1)
         total += logprobs.max().item()
@@ -56,7 +56,7 @@ def greedy(model, visual, prompt, config):
 
 def beams(model, visual, prompt, config):
     """The likeliest unfinished texts go on, each may end at every step; all are followed to max_length."""
-    end, live, finished = model.end_id, [(0.0, [])], []
+    end, live, finished = model.eos_id, [(0.0, [])], []
     for new in range(1, config.max_length + 1):
         longer = []
         for total, row in live:
@@ -212,7 +212,7 @@ def test_sampling_repeats_with_the_seed_of_its_generator():
             for seed in (1, 1, 2)]
     assert len(rows[0][0]) == 15 and rows[0] == rows[1] and rows[0][0] != rows[2][0]
     for tokens in rows[0][0]:
-        assert model.end_id not in tokens and len(tokens) <= 8
+        assert model.eos_id not in tokens and len(tokens) <= 8
     torch.manual_seed(5)
     one = model.generate_tokens(config, visual=visual)[0]
     torch.manual_seed(5)

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-import download
-from cli import UserError
+from lib import download
+from lib.cli import UserError
 
 CONTENT = bytes(range(256)) * 1000
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 import data
 import evaluate
-from cli import UserError
 from gpt2 import GPT2Config
-from metrics import score
+from lib.cli import UserError
+from lib.metrics import score
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from tokenizer import Tokenizer, pad_captions
@@ -52,7 +52,7 @@ def save_model(folder, out, ends=0.0, **training):
     torch.manual_seed(2)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    model.gpt2.ln_f.bias.data += ends * model.gpt2.wte.weight[model.end_id]
+    model.gpt2.ln_f.bias.data += ends * model.gpt2.wte.weight[model.eos_id]
     model.save_pretrained(out, training=dict(data=str(folder), **training))
     return out
 
@@ -82,7 +82,7 @@ def loss_by_hand(model, captions, images, seen):
         picture = Image.fromarray(captions.images[looked_at])
         for c in captions.captions_of[image]:
             ids = model.tokenizer.encode(data.clean_caption(captions.captions[c]))
-            tokens, targets = pad_captions([ids], model.end_id)
+            tokens, targets = pad_captions([ids], model.eos_id)
             logits, _ = model(tokens, model.encode(model.preprocess([picture])))
             losses += F.cross_entropy(logits[0], targets[0], reduction="none").tolist()
     return sum(losses) / len(losses)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from test_model import batch, captioner, tiny_model
 
 import fast
-from cli import UserError
 from decoding import DecodingConfig
+from lib.cli import UserError
 from vit import ACTIVATIONS, ViT, ViTConfig
 
 pytestmark = pytest.mark.skipif(not fast.available(), reason="PyTorch without oneDNN")

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import figures
-from cli import UserError
-from figures import attention_sheet, contact_sheet, font, loss_curve, round_ticks, wrap
+from lib import figures
+from lib.cli import UserError
+from lib.figures import attention_sheet, contact_sheet, font, loss_curve, round_ticks, wrap
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cli import UserError
 from gpt2 import GPT2, GPT2Config, KVCache
+from lib.cli import UserError
 
 TINY = dict(vocab_size=61, n_positions=24, n_layer=3, n_head=4, n_embd=32)
 

@@ -14,9 +14,9 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import metrics
-from cli import UserError
-from metrics import score, tokenize
+from lib import metrics
+from lib.cli import UserError
+from lib.metrics import score, tokenize
 
 COCO = json.loads((Path(__file__).parent / "fixtures/metrics/coco.json").read_text("utf-8"))
 NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import model as model_module
-from cli import UserError
 from gpt2 import GPT2Config, Ragged
+from lib.cli import UserError
 from model import VisionGPT, VisionGPTConfig
 from resampler import Groups, ResamplerConfig
 from tokenizer import Tokenizer, pad_captions
@@ -64,7 +64,7 @@ def test_untrained_fusion_leaves_gpt2_exactly_as_it_was():
 def test_default_cross_attention_is_at_a_quarter_a_half_and_three_quarters():
     with torch.device("meta"):
         model = VisionGPT()
-    assert list(model.xattn) == ["3", "6", "9"] and model.end_id == 50256
+    assert list(model.xattn) == ["3", "6", "9"] and model.eos_id == 50256
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     assert trained == 11_084_288 and everything == trained + 85_798_656 + 124_439_808
@@ -82,7 +82,7 @@ def test_cross_attention_runs_before_its_blocks():
     for layer, block in enumerate(model.gpt2.h):
         if layer in (1, 2, 3):
             cross = model.xattn[str(layer)]
-            x = cross(x, cross.keys_values(visual), Groups(5))
+            x = cross(x, cross.cross_kv(visual), Groups(5))
         x = block(x)
     assert torch.allclose(model(tokens, visual)[0], model.gpt2.logits(x), atol=1e-5)
 
@@ -246,10 +246,10 @@ def test_captions_hold_the_prompt_and_neither_blanks_round_it_nor_special_tokens
             assert text.startswith(prompt.strip()) and text == text.strip()
             assert prompt == "<|endoftext|>" or "<|endoftext|>" not in text
     text, = model.generate(prompt="the cat", max_length=5)                   # no image: GPT-2 goes on
-    tokens = [model.end_id, *model.tokenizer.encode("the cat")]
+    tokens = [model.eos_id, *model.tokenizer.encode("the cat")]
     for _ in range(5):
         tokens.append(model.gpt2(torch.tensor([tokens]))[0, -1].argmax().item())
-    assert model.end_id not in tokens[1:] and text == model.tokenizer.decode(tokens).strip()
+    assert model.eos_id not in tokens[1:] and text == model.tokenizer.decode(tokens).strip()
 
 
 def test_generate_refuses_more_tokens_than_positions_before_any_work():
@@ -279,8 +279,8 @@ def test_score_is_the_mean_log_probability_of_a_caption(photos):
     scores = model.score(images, captions)
     for image, caption, score in zip(images, captions, scores.tolist()):
         row = model.tokenizer.encode(caption)
-        logits, _ = model(torch.tensor([[model.end_id, *row]]), model.encode(image[None]))
-        logprob = logits[0].log_softmax(-1)[range(len(row) + 1), [*row, model.end_id]]
+        logits, _ = model(torch.tensor([[model.eos_id, *row]]), model.encode(image[None]))
+        logprob = logits[0].log_softmax(-1)[range(len(row) + 1), [*row, model.eos_id]]
         assert abs(score - logprob.mean().item()) < 1e-4
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from cli import UserError
-from layouts import Caption, File, basename, candidates, csv_rows, from_rows
+from lib.caption_formats import Caption, File, basename, candidates, csv_rows, from_rows
+from lib.cli import UserError
 from prepare_flickr8k import PrepareConfig, assign_splits, collect, first_images, prepare
 from tokenizer import Tokenizer
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_shapes as shapes
-from cli import UserError
-from metrics import judge
+from lib.cli import UserError
+from lib.metrics import judge
 from tokenizer import Tokenizer
 
 ROOT = Path(shapes.__file__).parent

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from lib import cli
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -76,6 +76,7 @@ def test_readme_shapes_run_trains_and_captions(tmp_path):
 def test_readme_own_pictures_scores_and_stand_alone_model(tmp_path):
     """The commands on one's own pictures, the scores and the stand-alone model, begun from a tiny model."""
     from PIL import Image
+
     from prepare_shapes import ShapesConfig, prepare
     from tokenizer import Tokenizer
     prepare(ShapesConfig(out=str(tmp_path / "shapes"), train_scenes=40, eval_scenes=8))

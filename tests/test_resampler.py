@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cli import UserError
+from lib.cli import UserError
 from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig
 
 TINY = ResamplerConfig(n_latent=5, n_layer=2, n_head=3, head_width=4, n_mlp=7, dropout=0.5)
@@ -63,7 +63,7 @@ def test_resampler_equals_its_formula(width_in):
 def test_cross_attention_equals_its_formula():
     cross = random_weights(CrossAttention(12, 3, 0.5))
     x, visual = torch.randn(2, 4, 12), torch.randn(2, 5, 12)
-    out = cross(x, cross.keys_values(visual), Groups(2))
+    out = cross(x, cross.cross_kv(visual), Groups(2))
     for row in range(2):
         k, v = cross.kv(visual[row]).chunk(2, dim=-1)
         seen = attention(cross.q(norm(x[row], cross.ln)), k, v, 3)
@@ -72,7 +72,7 @@ def test_cross_attention_equals_its_formula():
 
 def test_cross_attention_starts_as_the_identity():
     cross, x = CrossAttention(12, 3, 0.5), torch.randn(2, 4, 12)
-    assert torch.equal(cross(x, cross.keys_values(torch.randn(2, 5, 12)), Groups(2)), x)
+    assert torch.equal(cross(x, cross.cross_kv(torch.randn(2, 5, 12)), Groups(2)), x)
 
 
 @pytest.mark.parametrize("image", [
@@ -83,8 +83,8 @@ def test_rows_that_share_an_image_equal_copies_of_it(image):
     visual = torch.randn(3, 5, 12, requires_grad=True)
     rows = list(range(3)) if image is None else image
     x = torch.randn(len(rows), 4, 12)
-    shared = cross(x, cross.keys_values(visual), Groups(3, None if image is None else torch.tensor(image)))
-    copied = cross(x, cross.keys_values(visual[rows]), Groups(len(rows)))
+    shared = cross(x, cross.cross_kv(visual), Groups(3, None if image is None else torch.tensor(image)))
+    copied = cross(x, cross.cross_kv(visual[rows]), Groups(len(rows)))
     assert torch.allclose(shared, copied, atol=1e-5)
     weight = torch.randn_like(shared)
     for_shared, = torch.autograd.grad((shared * weight).sum(), visual)
@@ -95,9 +95,9 @@ def test_rows_that_share_an_image_equal_copies_of_it(image):
 def test_rows_of_an_image_without_a_map_lie_one_after_the_other():
     """As in decoding: several beams an image."""
     cross = random_weights(CrossAttention(12, 3, 0.5))
-    x, keys_values = torch.randn(6, 4, 12), cross.keys_values(torch.randn(2, 5, 12))
-    named = cross(x, keys_values, Groups(2, torch.tensor([0, 0, 0, 1, 1, 1])))
-    assert torch.equal(cross(x, keys_values, Groups(2)), named)
+    x, cross_kv = torch.randn(6, 4, 12), cross.cross_kv(torch.randn(2, 5, 12))
+    named = cross(x, cross_kv, Groups(2, torch.tensor([0, 0, 0, 1, 1, 1])))
+    assert torch.equal(cross(x, cross_kv, Groups(2)), named)
 
 
 @pytest.mark.parametrize("image", [[0, 3], [-1, 0], []])
@@ -110,7 +110,7 @@ def test_fusion_drops_out_in_training_only():
     resampler, patches = random_weights(PerceiverResampler(TINY, 16, 16)), torch.randn(1, 9, 16)
     cross, x = random_weights(CrossAttention(16, 4, 0.5)), torch.randn(1, 4, 16)
     for module, out in ((resampler, lambda: resampler(patches)),
-                        (cross, lambda: cross(x, cross.keys_values(patches), Groups(1)) - x)):
+                        (cross, lambda: cross(x, cross.cross_kv(patches), Groups(1)) - x)):
         assert torch.equal(out(), out())
         module.train()
         assert not torch.equal(out(), out())

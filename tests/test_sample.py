@@ -15,8 +15,8 @@ from PIL import Image
 
 import attention
 import sample
-from cli import UserError
 from gpt2 import GPT2Config
+from lib.cli import UserError
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from tokenizer import Tokenizer
@@ -225,7 +225,7 @@ def test_script_ends_mistakes_in_one_line(tmp_path):
 def seen(model):
     """Two images and captions, and what each attention module took and gave in the forward pass."""
     torch.manual_seed(1)
-    images, tokens = torch.randn(2, 3, 32, 32), torch.randint(0, model.end_id, (2, 7))
+    images, tokens = torch.randn(2, 3, 32, 32), torch.randint(0, model.eos_id, (2, 7))
     calls = {}
     modules = {**{f"layer {i}": layer for i, layer in enumerate(model.resampler.layers)}, **model.xattn}
     hooks = [module.register_forward_hook(lambda _, given, out, name=name: calls.update({name: (given, out)}))

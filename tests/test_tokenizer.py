@@ -11,7 +11,7 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import UserError
+from lib.cli import UserError
 from tokenizer import PATTERN, Tokenizer, pad_captions
 
 CACHE = SHARED / "tiktoken_cache"
@@ -53,7 +53,7 @@ def test_trained_bpe_equals_a_plain_trainer(texts, vocab_size):
     trained = Tokenizer.train(texts, vocab_size)
     assert sorted(trained.ranks, key=trained.ranks.get) == plain_trainer(texts, vocab_size)
     assert list(trained.ranks.values()) == list(range(len(trained.ranks)))
-    assert trained.end_id == len(trained.ranks) and trained.vocab_size == trained.end_id + 1 <= vocab_size
+    assert trained.eos_id == len(trained.ranks) and trained.vocab_size == trained.eos_id + 1 <= vocab_size
     assert Tokenizer.train(texts, vocab_size).ranks == trained.ranks
 
 
@@ -75,20 +75,20 @@ TRAINED = Tokenizer.train(TEXTS * 2, 300)
        | st.lists(st.sampled_from(["<|endoftext|>", "dog", " ", "'s", "\n", "é", "\0"])).map("".join))
 def test_any_text_makes_the_round_trip(text):
     tokens = TRAINED.encode(text)
-    assert TRAINED.end_id not in tokens and TRAINED.decode(tokens) == text
+    assert TRAINED.eos_id not in tokens and TRAINED.decode(tokens) == text
     assert TRAINED.encode_batch([text, "a"]) == [tokens, TRAINED.encode("a")]
 
 
 def test_the_end_token_is_no_text():
     tokens = TRAINED.encode("<|endoftext|>")
-    assert len(tokens) > 1 and TRAINED.end_id not in tokens
-    assert TRAINED.decode([TRAINED.end_id, *TRAINED.encode("a dog"), TRAINED.end_id]) == "a dog"
+    assert len(tokens) > 1 and TRAINED.eos_id not in tokens
+    assert TRAINED.decode([TRAINED.eos_id, *TRAINED.encode("a dog"), TRAINED.eos_id]) == "a dog"
     assert TRAINED.decode(TRAINED.encode("日")[:1] + TRAINED.encode("a")) == "\ufffda"   # cut in two
 
 
 def test_gpt2_equals_tiktokens(gpt2):
     theirs = tiktoken.get_encoding("gpt2")
-    assert gpt2.end_id == theirs.eot_token == 50256 and gpt2.vocab_size == theirs.n_vocab == 50257
+    assert gpt2.eos_id == theirs.eot_token == 50256 and gpt2.vocab_size == theirs.n_vocab == 50257
     more = ["A man's 3 dogs, I'll bet <|endoftext|>!", "\ttab \r\n line", "日本語 \U0001f600"]
     for text in TEXTS + more:
         assert gpt2.encode(text) == theirs.encode_ordinary(text)
@@ -143,7 +143,7 @@ def test_gpt2_without_network_says_what_to_do(monkeypatch):
 def test_tokenizer_file_gives_the_same_tokenizer(tmp_path):
     TRAINED.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert (loaded.name, loaded.ranks, loaded.end_id) == (TRAINED.name, TRAINED.ranks, TRAINED.end_id)
+    assert (loaded.name, loaded.ranks, loaded.eos_id) == (TRAINED.name, TRAINED.ranks, TRAINED.eos_id)
     assert all(loaded.encode(text) == TRAINED.encode(text) for text in TEXTS)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     assert set(content) == {"name", "pattern", "specials", "ranks"}

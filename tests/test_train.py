@@ -1,7 +1,7 @@
 """Training computes what the formulas say, repeats itself exactly after a stop, and says what is wrong."""
 
-import dataclasses
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import io
@@ -21,22 +21,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
-import checkpoint
-import cli
-import fast
-import figures
-import prepare_shapes
-import train as trainer
-from cli import UserError
-from data import CaptionSet, Eyes, batches, clean_caption, collate, read_pixels
-from model import VisionGPT
 from test_checkpoint import save_backbones
 from test_data import make_set
-from test_model import TEXTS, captioner
-from train import (PRESETS, TrainConfig, build_model, learning_rate, make_optimizer, settings, train,
-                   trained_parameters, validate)
-from vit import normalize
+from test_model import captioner
+
+import fast
+import prepare_shapes
+import train as trainer
+from data import CaptionSet, ImageInputs, batches, clean_caption, collate, read_pixels
+from lib import checkpoint, cli, figures
+from lib.cli import UserError
+from lib.images import normalize
+from model import VisionGPT
+from train import (
+    PRESETS,
+    TrainConfig,
+    build_model,
+    learning_rate,
+    make_optimizer,
+    settings,
+    train,
+    trained_parameters,
+    validate,
+)
 
 SCRIPT = Path(trainer.__file__)
 
@@ -221,10 +228,10 @@ def test_gpt2_is_packed_although_the_vit_is_gone(config, monkeypatch):
         return onednn(x, weight, *rest)
 
     monkeypatch.setattr(fast, "onednn", counting)
-    monkeypatch.setattr(trainer, "Eyes", lambda *args: widths.clear() or eyes)
+    monkeypatch.setattr(trainer, "ImageInputs", lambda *args: widths.clear() or eyes)
     cfg = config()
     model, data = build_model(cfg)
-    eyes = Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+    eyes = ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
     train(cfg)
     assert len(widths) > 4 * len(model.gpt2.h)
 
@@ -242,7 +249,7 @@ def test_compile_changes_no_loss(config, tmp_path, monkeypatch):
 def test_a_caption_costs_the_same_in_any_company(base, config):
     cfg = config(train="all", init_from=str(base.folder / "complete"), dropout=0.0)
     model, data = build_model(cfg)
-    eyes = Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+    eyes = ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
 
     @torch.no_grad()
     def loss(images):
@@ -622,7 +629,7 @@ def test_dropout_is_only_in_what_is_trained(kind, base, config):
 def test_validation_is_over_targets_with_every_image_at_its_place(base, config):
     cfg = config(train="all", init_from=str(base.folder / "complete"))
     model, data = build_model(cfg)
-    eyes = Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+    eyes = ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
     images = data.split("train")
     state, total, count = torch.get_rng_state(), 0.0, 0
     model.train()
@@ -665,7 +672,7 @@ def test_a_run_leaves_the_best_model_and_its_pictures(base, config, capsys):
     assert set(state_of(cfg)["model"]) == set(tensors)
     model = VisionGPT.from_pretrained(out, device="cpu")
     data = CaptionSet(cfg.data, model.tokenizer)
-    eyes = Eyes(model, data, cfg, torch.device("cpu"), torch.float32)
+    eyes = ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
     again, _ = validate(model, data, eyes, data.split("val"), 3, torch.no_grad)
     assert again == pytest.approx(best, rel=1e-6)
     texts = model.eval().generate(eyes_on_pixels(data, model, data.split("val")), max_length=39)
@@ -831,9 +838,9 @@ def test_validation_never_compares_an_image_with_itself(config):
 
 def test_word_dropout_hides_its_share_of_the_words():
     tokens = torch.arange(4000).view(40, 100)
-    hidden = trainer.hide_words(tokens, 0.25, 9999) == 9999
+    hidden = trainer.word_dropout(tokens, 0.25, 9999) == 9999
     assert 0.2 < hidden.float().mean() < 0.3
-    assert torch.equal(trainer.hide_words(tokens, 0.0, 9999), tokens)
+    assert torch.equal(trainer.word_dropout(tokens, 0.0, 9999), tokens)
 
 
 @pytest.fixture(scope="module")
@@ -846,7 +853,7 @@ def rare_words(tmp_path_factory):
 
 def test_words_loss_is_the_surprise_at_the_words_of_an_images_captions(base, rare_words):
     data = CaptionSet(rare_words)
-    train_images, end = data.split("train"), data.tokenizer.end_id
+    train_images, end = data.split("train"), data.tokenizer.eos_id
     tokens = {i: [t for row in data.rows([i])[0] for t in row.tolist()] for i in train_images}
     common = {t for t in range(end) if sum(t in own for own in tokens.values()) > 0.3 * len(train_images)}
     head = trainer.words_head(base.model, data)
@@ -881,15 +888,15 @@ def test_a_run_with_all_that_is_random_goes_on_as_if_nothing_had_been(base, rare
                  patch_dropout=0.5, word_dropout=0.2, captions_per_image=1, grad_accumulation=2, augment=True,
                  max_steps=6, save_interval=3, dropout=0.1, label_smoothing=0.1, batch_size=4)
     train(cfg)
-    broken, calls, hide_words = dataclasses.replace(cfg, out=cfg.out + "-broken"), [], trainer.hide_words
+    broken, calls, word_dropout = dataclasses.replace(cfg, out=cfg.out + "-broken"), [], trainer.word_dropout
 
     def stop(*args):
         calls.append(args)
         if len(calls) == 9:                                            # in step 5, after the save at 3
             raise ZeroDivisionError
-        return hide_words(*args)
+        return word_dropout(*args)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(trainer, "hide_words", stop)
+        patch.setattr(trainer, "word_dropout", stop)
         train(broken)
     assert state_of(broken)["step"] == 3
     go_on(broken)

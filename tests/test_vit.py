@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import UserError
-from vit import ViT, ViTConfig, drop_patches, load_image, normalize, preprocess, resize
+from lib.cli import UserError
+from lib.images import load_image, normalize, preprocess, resize
+from vit import ViT, ViTConfig, drop_patches
 
 TINY = dict(image_size=32, patch_size=8, n_layer=2, n_head=4, n_embd=32, n_mlp=48)
 HF = dict(image_size=32, patch_size=8, num_hidden_layers=2, num_attention_heads=4, hidden_size=32,

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-import checkpoint
-from cli import UserError
-from tf_checkpoint import read_checkpoint
+from lib import checkpoint
+from lib.cli import UserError
+from lib.tf_checkpoint import read_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
 # containers: safetensors, torch.save, TorchScript, .npz, TensorFlow

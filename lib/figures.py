@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cli import UserError, atomic
+from lib.cli import UserError, atomic
 
 INK, PALE, PAPER = (40, 44, 52), (228, 230, 234), (255, 255, 255)
 LINES = [(31, 108, 180), (225, 87, 42), (20, 148, 110), (150, 80, 170), (200, 150, 0), (120, 120, 120)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from lib.cli import UserError
 
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}         # of TensorFlow's DataType

@@ -11,8 +11,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import cli
-from cli import UserError
+from lib import cli
+from lib.cli import UserError
 
 CHUNK = 1 << 20
 ATTEMPTS = 4                       # in a row without a byte received

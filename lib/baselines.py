@@ -65,7 +65,7 @@ def gelu(x):
 def original_word(model, images, text):
     """The likeliest word after text (B, T), the end token barred -> tokens (B,)."""
     logits = original_logits(model, text, images)[:, -1]
-    logits[:, model.end_id] = -torch.inf
+    logits[:, model.eos_id] = -torch.inf
     return logits.argmax(-1)
 
 
@@ -73,7 +73,7 @@ def original_steps(model, device, rows):
     """A function that takes n optimizer steps in the original's way: `rows` captions, each with its image."""
     model, S = model.to(device).train(), model.config.vit.image_size
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, weight_decay=0.01)
-    tokens = torch.randint(model.end_id, (rows, PADDED), device=device)
+    tokens = torch.randint(model.eos_id, (rows, PADDED), device=device)
     targets = tokens.where(torch.arange(PADDED, device=device) < 13, -100)               # the rest is padding
     images = torch.randn(rows, 3, S, S, device=device)
 

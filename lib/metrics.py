@@ -10,7 +10,7 @@ import re
 import shutil
 from collections import Counter
 
-from cli import UserError
+from lib.cli import UserError
 
 # --------------------------------------------------------------------------------------------------
 # tokens: what Stanford's PTBTokenizer 3.4.1 makes of a caption, lower case, without punctuation

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cli import UserError, atomic
+from lib.cli import UserError, atomic
 
 
 def write_tensors(file, tensors, **metadata):
@@ -74,7 +74,7 @@ def load_module(module_class, config_class, file):
     if metadata.get("kind") != module_class.__name__:
         raise UserError(f"{file} does not hold a {module_class.__name__} written by convert_weights.py")
     module = build(module_class, config_class, metadata.get("config"), file)
-    fill(module, read_tensors(file), file)
+    load_strict(module, read_tensors(file), file)
     return module.eval()
 
 
@@ -89,7 +89,7 @@ def build(module_class, config_class, settings, source):
         return module_class(config)
 
 
-def fill(module, tensors, source):
+def load_strict(module, tensors, source):
     """Give `module` its tensors, without a copy. Raises UserError unless all names and shapes agree."""
     wanted = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -107,7 +107,7 @@ def fill(module, tensors, source):
 # checkpoint folders: config.json, fusion.safetensors or model.safetensors, tokenizer.json
 
 FORMAT_VERSION = 1
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def read_config(folder):

@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from cli import UserError
+from lib.cli import UserError
 
 OFFICIAL = {                                         # lines, sha256
     "flickr8k.token.txt": (40460, "1e1f3a371ba1a1bf742e6930521c037e046b2bf3fcc2390ba8405e0301ed7689"),
