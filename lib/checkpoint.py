@@ -9,41 +9,27 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from lib.cli import UserError, atomic
 
 
-def write_tensors(file, tensors, **metadata):
+def write_tensors(file: str | Path, tensors: dict[str, Tensor], **metadata):
     """Write named tensors to a safetensors file; each keyword becomes a JSON string in its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
     try:
         with atomic(file) as temporary:
             Path(temporary).touch()
-            mode = os.stat(temporary).st_mode             # the usual one; save_file's shuts all others out
+            mode = os.stat(temporary).st_mode             # the usual one; save_file makes it private
             save_file(tensors, temporary, metadata)
             os.chmod(temporary, mode)
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot write {file}: {error}") from None
 
 
-def read_metadata(file):
-    """What `write_tensors` took as metadata. Raises UserError if the file is missing, damaged or not ours."""
-    with _open(file) as opened:
-        try:
-            return {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
-        except ValueError:
-            raise UserError(f"{file} was written by another program: "
-                            "convert it with convert_weights.py") from None
-
-
-def read_tensors(file):
-    """{name: tensor} of a safetensors file, memory-mapped on the CPU. Raises what `read_metadata` does."""
-    with _open(file) as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}
-
-
-def _open(file):
+def open_safetensors(file: str | Path):
+    """A safetensors file opened for reading. Raises UserError if it is missing or damaged."""
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError:
@@ -53,33 +39,49 @@ def _open(file):
                         "download or write it again") from None
 
 
-def sha256(tensors):
-    """SHA-256 over names and float32 bytes, in name order: the same whatever layout or dtype they came in."""
+def read_metadata(file: str | Path) -> dict:
+    """What `write_tensors` took as metadata. Raises UserError if another program wrote the file."""
+    with open_safetensors(file) as opened:
+        try:
+            return {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+        except ValueError:
+            raise UserError(f"{file} was written by another program: "
+                            "convert it with convert_weights.py") from None
+
+
+def read_tensors(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, memory-mapped on the CPU."""
+    with open_safetensors(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names and float32 bytes, in name order: the same whatever format or dtype they came in."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().float().contiguous().cpu().numpy().tobytes())
+        digest.update(tensors[name].detach().float().contiguous().cpu().numpy())
     return digest.hexdigest()
 
 
-def save_module(module, file, **metadata):
+def save_module(module: nn.Module, file: str | Path, **metadata):
     """Write a ViT or GPT-2 and its config as one safetensors file."""
     metadata = {"kind": type(module).__name__, "config": asdict(module.config), **metadata}
     write_tensors(file, module.state_dict(), **metadata)
 
 
-def load_module(module_class, config_class, file):
+def load_module(module_class, config_class, file: str | Path) -> nn.Module:
     """Read what `save_module` wrote: built without storage, then given the file's tensors in their dtype."""
     metadata = read_metadata(file)
     if metadata.get("kind") != module_class.__name__:
         raise UserError(f"{file} does not hold a {module_class.__name__} written by convert_weights.py")
-    module = build(module_class, config_class, metadata.get("config"), file)
+    module = build_empty(module_class, config_class, metadata.get("config"), file)
     load_strict(module, read_tensors(file), file)
     return module.eval()
 
 
-def build(module_class, config_class, settings, source):
-    """A module without storage, of the config `settings` from `source`. Raises UserError for unknown ones."""
+def build_empty(module_class, config_class, settings: dict, source) -> nn.Module:
+    """A module without storage, by the config `settings` from `source`. Raises UserError for unknown ones."""
     try:
         config = config_class(**settings)
     except TypeError as error:
@@ -89,17 +91,18 @@ def build(module_class, config_class, settings, source):
         return module_class(config)
 
 
-def load_strict(module, tensors, source):
+def load_strict(module: nn.Module, tensors: dict[str, Tensor], source):
     """Give `module` its tensors, without a copy. Raises UserError unless all names and shapes agree."""
-    wanted = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if wanted != found:
-        missing, extra = sorted(wanted.keys() - found), sorted(found.keys() - wanted)
-        shapes = [f"{n} {found[n]} instead of {wanted[n]}" for n in wanted.keys() & found
-                  if wanted[n] != found[n]]
-        what = [f"{label} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for label, names in
-                (("missing", missing), ("unknown", extra), ("of another shape", sorted(shapes))) if names]
-        raise UserError(f"{source} does not fit the model: {'; '.join(what)}")
+    if expected != found:
+        shapes = [f"{name} {found[name]} instead of {expected[name]}"
+                  for name in sorted(expected.keys() & found) if found[name] != expected[name]]
+        problems = {"missing": sorted(expected.keys() - found), "unknown": sorted(found.keys() - expected),
+                    "of another shape": shapes}
+        lists = (f"{problem} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+                 for problem, names in problems.items() if names)
+        raise UserError(f"{source} does not fit the model: {'; '.join(lists)}")
     module.load_state_dict(tensors, assign=True)
 
 
@@ -110,24 +113,24 @@ FORMAT_VERSION = 1
 ROOT = Path(__file__).parents[1]
 
 
-def read_config(folder):
-    """config.json of a checkpoint folder. Raises UserError when there is none or it is of a newer format."""
+def read_config(folder: str | Path) -> dict:
+    """config.json of a checkpoint folder. Raises UserError if there is none or its format is newer."""
     file = Path(folder) / "config.json"
     try:
         config = json.loads(file.read_text())
         newer = config["format_version"] > FORMAT_VERSION
     except OSError:
-        raise UserError(f"{folder} is no checkpoint folder: it has no config.json") from None
+        raise UserError(f"{folder} is not a checkpoint folder: it has no config.json") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged") from None
     if newer:
-        raise UserError(f"{folder} is of format {config['format_version']}, "
-                        f"newer than the {FORMAT_VERSION} known here; update the code")
+        raise UserError(f"{folder} has format {config['format_version']}, newer than the {FORMAT_VERSION} "
+                        "known here; update the code")
     return config
 
 
-def find_checkpoint():
-    """Where none is named: the newest under out/ that saw photographs, the published model, assets/mini."""
+def find_checkpoint() -> Path:
+    """If none is named: the newest under out/ trained on photographs, the published model, assets/mini."""
     trained = []
     for file in Path("out").glob("*/config.json"):
         try:
@@ -141,20 +144,19 @@ def find_checkpoint():
     for folder in (Path("weights/vision-gpt"), ROOT / "weights/vision-gpt", ROOT / "assets/mini"):
         if (folder / "config.json").exists():
             return folder
-    raise UserError("no checkpoint found: train one (python train.py) or convert the published one "
+    raise UserError("no checkpoint found: train one (python train.py), convert the published one "
                     "(python convert_weights.py --help), or name one with --checkpoint")
 
 
-def find_backbone(name, record, folder, weights=None):
+def find_backbone(name: str, record: dict, folder: str | Path, weights: str | Path | None = None) -> Path:
     """The file of a frozen backbone of the checkpoint `folder`, by its `record` (file, path, sha256) there.
 
     Looked for at the recorded path, in `weights`, in weights/ beside the checkpoint and in the current
-    folder; raises UserError when there is none, or only another than the checkpoint was trained on.
+    folder; raises UserError if there is none, or only one that the checkpoint was not trained on.
     """
     places = [Path(folder) / record["path"], *([Path(weights) / record["file"]] if weights else []),
               Path(folder).parent / "weights" / record["file"], Path("weights") / record["file"]]
-    files = [place for place in places if place.exists()]
-    damaged = None
+    files, damaged = [place for place in places if place.exists()], None
     for file in files:
         try:
             if record["sha256"] and read_metadata(file).get("sha256") == record["sha256"]:
@@ -165,14 +167,13 @@ def find_backbone(name, record, folder, weights=None):
         raise damaged
     if files:
         raise UserError(f"{files[0]} is not the {name} that {folder} was trained on "
-                        f"(sha256 {str(record['sha256'])[:12]}...); "
-                        f"convert the same {name} again with "
+                        f"(sha256 {str(record['sha256'])[:12]}...): convert that one again with "
                         "convert_weights.py, or name its folder with --weights")
     raise UserError(f"the {name} weights of {folder} are missing: looked for {', '.join(map(str, places))}; "
                     "make them with python convert_weights.py, or name their folder with --weights")
 
 
-def describe(file, folder):
-    """What config.json says of a frozen backbone: file name, path relative to the checkpoint, hash."""
+def describe(file: str | Path, folder: str | Path) -> dict:
+    """What config.json records of a frozen backbone: file name, path relative to the checkpoint, hash."""
     return {"file": Path(file).name, "path": os.path.relpath(file, folder),
             "sha256": read_metadata(file).get("sha256")}

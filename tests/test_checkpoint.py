@@ -218,7 +218,7 @@ def edit(**changes):
 
 
 @pytest.mark.parametrize("name, damage, message", [
-    ("config.json", os.remove, "out/run is no checkpoint folder"),
+    ("config.json", os.remove, "out/run is not a checkpoint folder"),
     ("config.json", truncate, "config.json is damaged"),
     ("config.json", lambda file: file.write_text("[]"), "config.json is damaged"),
     ("config.json", lambda file: file.write_bytes(b"\xff\xff"), "config.json is damaged"),
