@@ -3,21 +3,32 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lib import records
 from lib.cli import UserError, atomic
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST = 65504                    # float16 holds no more; the weights of a sound model stay far below
 
 
 def write_tensors(file: str | Path, tensors: dict[str, Tensor], **metadata):
-    """Write named tensors to a safetensors file; each keyword becomes a JSON string in its metadata."""
+    """Write named tensors to a safetensors file; each keyword becomes a JSON string in its metadata.
+
+    Raises UserError rather than write NaN. A checksum in the metadata tells `read_tensors` of any damage.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    check_finite(tensors, f"cannot write {file}")
+    metadata = {key: json.dumps(value) for key, value in metadata.items() if key != "checksum"}
+    metadata["checksum"] = json.dumps(checksum(tensors, metadata))
     try:
         with atomic(file) as temporary:
             Path(temporary).touch()
@@ -30,10 +41,11 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], **metadata):
 
 def open_safetensors(file: str | Path):
     """A safetensors file opened for reading. Raises UserError if it is missing or damaged."""
+    if not os.path.isfile(file):                                     # a pipe would never end
+        what = "is not a file" if os.path.exists(file) else "does not exist"
+        raise UserError(f"{file} {what}; see python convert_weights.py --help")
     try:
         return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; see python convert_weights.py --help") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({error}); "
                         "download or write it again") from None
@@ -43,16 +55,50 @@ def read_metadata(file: str | Path) -> dict:
     """What `write_tensors` took as metadata. Raises UserError if another program wrote the file."""
     with open_safetensors(file) as opened:
         try:
-            return {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
-        except ValueError:
+            metadata = opened.metadata() or {}
+            return {key: records.parse_json(object, value, file) for key, value in metadata.items()}
+        except UserError:
             raise UserError(f"{file} was written by another program: "
                             "convert it with convert_weights.py") from None
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, memory-mapped on the CPU."""
+    """The tensors of a safetensors file by name, memory-mapped on the CPU.
+
+    Raises UserError unless they are what `write_tensors` wrote, by their checksum: files from before it had
+    one must hold finite numbers at least.
+    """
     with open_safetensors(file) as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata() or {}
+    if "checksum" not in metadata:
+        check_finite(tensors, f"cannot use {file}")
+    elif metadata.pop("checksum") != json.dumps(checksum(tensors, metadata)):
+        raise UserError(f"{file} is damaged: it does not match its checksum; copy or write it again")
+    return tensors
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """A hash of names, types, shapes, metadata and, of each tensor's bytes, the sum in words of eight.
+
+    Adding is as fast as memory, 15 times as fast as SHA-256: it finds damage at every start, not forgery.
+    """
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.reshape(-1).view(torch.uint8).numpy()
+        whole = len(data) // 8 * 8
+        total = np.add.reduce(data[:whole].view(np.uint64))
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total} ".encode() + bytes(data[whole:]))
+    return digest.hexdigest()
+
+
+def check_finite(tensors: dict[str, Tensor], problem: str):
+    """Raise UserError that begins with `problem` for NaN, infinite or absurdly large values."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not -LARGEST <= low <= high <= LARGEST:               # NaN fails too
+                raise UserError(f"{problem}: {name} holds NaN, infinite or absurdly large values")
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
@@ -81,18 +127,19 @@ def load_module(module_class, config_class, file: str | Path) -> nn.Module:
 
 
 def build_empty(module_class, config_class, settings: dict, source) -> nn.Module:
-    """A module without storage, by the config `settings` from `source`. Raises UserError for unknown ones."""
-    try:
-        config = config_class(**settings)
-    except TypeError as error:
-        raise UserError(f"the model config in {source} is damaged "
-                        f"or newer than this code ({error})") from None
+    """A module without storage, by the config `settings` from `source`. Raises UserError for a wrong one."""
+    for held in (settings, settings.get("vit")) if isinstance(settings, dict) else ():
+        if isinstance(held, dict):
+            held.pop("patch_dropout", None)                          # a setting of training that is gone
+    config = records.convert(config_class, settings, f"the model config of {source}")
     with torch.device("meta"):
         return module_class(config)
 
 
 def load_strict(module: nn.Module, tensors: dict[str, Tensor], source):
     """Give `module` its tensors, without a copy. Raises UserError unless all names and shapes agree."""
+    if other := [f"{name} {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES]:
+        raise UserError(f"{source} holds types that are not for weights: {', '.join(other[:4])}")
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
@@ -113,19 +160,35 @@ FORMAT_VERSION = 1
 ROOT = Path(__file__).parents[1]
 
 
+@dataclass
+class BackboneRecord:
+    file: str
+    path: str
+    sha256: str | None
+
+
+@dataclass
+class CheckpointConfig:
+    """config.json of a checkpoint folder."""
+
+    format_version: int
+    model: dict
+    training: dict | None
+    backbones: dict[Literal["vit", "gpt2"], BackboneRecord]
+
+
 def read_config(folder: str | Path) -> dict:
-    """config.json of a checkpoint folder. Raises UserError if there is none or its format is newer."""
+    """config.json of a checkpoint folder, a CheckpointConfig as dict. Raises UserError unless it is one."""
     file = Path(folder) / "config.json"
     try:
-        config = json.loads(file.read_text())
-        newer = config["format_version"] > FORMAT_VERSION
-    except OSError:
+        config = records.read_json(dict, file)
+    except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint folder: it has no config.json") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged") from None
-    if newer:
-        raise UserError(f"{folder} has format {config['format_version']}, newer than the {FORMAT_VERSION} "
-                        "known here; update the code")
+    version = config.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(f"{folder} has format {version}, newer than the {FORMAT_VERSION} known here; "
+                        "update the code")
+    records.convert(CheckpointConfig, config, file)
     return config
 
 
@@ -156,7 +219,7 @@ def find_backbone(name: str, record: dict, folder: str | Path, weights: str | Pa
     """
     places = [Path(folder) / record["path"], *([Path(weights) / record["file"]] if weights else []),
               Path(folder).parent / "weights" / record["file"], Path("weights") / record["file"]]
-    files, damaged = [place for place in places if place.exists()], None
+    files, damaged = [place for place in places if os.path.isfile(place)], None
     for file in files:
         try:
             if record["sha256"] and read_metadata(file).get("sha256") == record["sha256"]:
