@@ -66,8 +66,9 @@ class Image(typing.NamedTuple):
 def locate(config):
     """The path of the pictures and those of the captions; if none is given, downloads the official zips."""
     if not config.images and not config.captions:
-        from lib.download import fetch
-        zips = [str(fetch(MIRROR + name, f"downloads/{name}", md5=md5)) for name, md5 in ARCHIVES.items()]
+        from lib.download import download_file
+        zips = [str(download_file(MIRROR + name, f"downloads/{name}", md5=md5))
+                for name, md5 in ARCHIVES.items()]
         return zips[0], zips[1:]
     if config.images:
         return config.images, config.captions or [config.images]
