@@ -26,7 +26,7 @@ from data import CaptionSet, ImageInputs, batches, clean_caption, collate, load_
 from gpt2 import GPT2Config
 from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
-from lib.metrics import judge
+from lib.scenes import judge
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from runs import MADE, Log, peak_memory, run_folder, stop_signal
