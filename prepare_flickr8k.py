@@ -227,12 +227,13 @@ def prepare(config: PrepareConfig, tokenizer: Tokenizer | None = None) -> str:
     captions = [(index, text) for index, image in enumerate(kept) for text in image.texts]
     splits = {split: [i for i, image in enumerate(kept) if image.split == split] for split in SPLIT_NAMES}
     ids = [image.image_id for image in kept]
+    distinct = len({i for i in ids if isinstance(i, int)}) == len(ids)
     counts = {split: len(indices) for split, indices in splits.items()}
     counts["no split"] = len(kept) - sum(counts.values())
     skips = {reason: len(names) for reason, names in skipped.items() if names}
     data.write_set(config.out, [image.name for image in kept], captions, splits, tokenizer,
                    dict(image_size=config.image_size), counts=counts | skips, clean=not config.raw_captions,
-                   image_ids=ids if None not in ids and len(set(ids)) == len(ids) else None, source=source)
+                   image_ids=ids if distinct else None, source=source)
     took = cli.clock(time.monotonic() - start)
     return "\n  ".join([
         f"{config.out}: {len(kept):,} images with {len(captions):,} captions, in {took}",

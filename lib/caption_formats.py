@@ -43,8 +43,8 @@ class File(typing.NamedTuple):
 class Caption(typing.NamedTuple):
     image: str
     text: str
-    split: str | None = None      # in the words of its source
-    image_id: int | None = None   # COCO's
+    split: str = ""               # in the words of its source
+    image_id: int | None = None   # as in COCO
     file: str = ""                # where it was read, if that name may name the split
 
 
@@ -152,7 +152,7 @@ def read_captions(files: list[File]) -> tuple[list[Caption], dict, list[File], l
     for file in files:
         name = basename(file.path).lower()
         if name.endswith(".parquet"):
-            captions += parse_parquet(file, pictures, broken)
+            captions += parse_rows(parquet_rows(file, pictures), file.path, broken)
             continue
         content = read(file).replace(b"\r\n", b"\n")
         digest = hashlib.sha256(content).hexdigest()
@@ -169,65 +169,71 @@ def read_captions(files: list[File]) -> tuple[list[Caption], dict, list[File], l
             raise UserError(f"{file.path} line {line} is not UTF-8 text; save the file as UTF-8") from None
         if name in SPLIT_LISTS:
             lists.setdefault(SPLIT_LISTS[name], set()).update(text.split())
-        elif name.endswith(".json"):
-            captions += parse_json(text, file.path, broken)
+            continue
+        if name.endswith(".json"):
+            rows = json_rows(text, file.path)
         elif name.endswith((".jsonl", ".ndjson")):
-            captions += parse_rows(read_json_lines(text), file.path, broken)
-        elif re.match(r".+#\d+\t", text):
-            captions += parse_flickr8k(text, file.path, broken)
+            rows = json_lines(text)
         else:
-            captions += parse_rows(read_csv(text, file.path), file.path, broken)
-    broken += [f"{c.file}: {c.image}" for c in captions if not isinstance(c.text, str)]
-    captions = [c for c in captions if isinstance(c.text, str) and c.image != STRAY]
-    return [c._replace(image=normalize_path(c.image)) for c in captions], lists, pictures, broken
+            rows = flickr8k_rows(text) if re.match(r".+#\d+\t", text) else csv_rows(text, file.path)
+        captions += parse_rows(rows, file.path, broken)
+    return [c for c in captions if c.image != STRAY], lists, pictures, broken
 
 
-def parse_flickr8k(text: str, name: str, broken: list) -> Iterator[Caption]:
+def parse_rows(rows: Iterable[tuple[str, dict]], name: str, broken: list) -> Iterator[Caption]:
+    """Captions of (place, row) pairs; a row has one, a list of them, or caption_0, caption_1 ..."""
+    for place, row in rows:
+        row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+        image = next((row[key] for key in IMAGE_FIELDS if row.get(key)), None)
+        texts = next((row[key] for key in TEXT_FIELDS if row.get(key)), None)
+        if texts is None:
+            texts = [text for key, text in row.items() if re.fullmatch(r"caption_\d+", key)]
+        texts, split = texts if isinstance(texts, list) else [texts], row.get("split") or ""
+        if texts and all(isinstance(text, str) for text in [image, split, *texts]):
+            image = normalize_path(image)
+            yield from (Caption(image, text, split, row.get("image_id"), name) for text in texts)
+        else:
+            broken.append(f"{name} {place}")
+
+
+def flickr8k_rows(text: str) -> Iterator[tuple]:
     """Flickr8k.token.txt: `picture.jpg#0<tab>a caption`."""
     for number, line in enumerate(text.split("\n"), 1):
-        if match := re.fullmatch(r"(.+)#\d+\t(.*)", line):
-            yield Caption(match[1], match[2])
-        elif line.strip():
-            broken.append(f"{name} line {number}")
+        if line.strip():
+            match = re.fullmatch(r"(?P<image>.+)#\d+\t(?P<caption>.*)", line)
+            yield f"line {number}", match and match.groupdict()
 
 
-def parse_json(text: str, name: str, broken: list) -> Iterator[Caption]:
+def json_rows(text: str, name: str) -> Iterator[tuple]:
     """COCO's JSON, Karpathy's, or a list of rows."""
     try:
-        content = json.loads(text)
-        if isinstance(content, list):
-            yield from parse_rows(enumerate(content, 1), name, broken)
-        elif "annotations" in content:
-            images = {image["id"]: str(image["file_name"]) for image in content["images"]}
-            for note in content["annotations"]:
-                if note["image_id"] in images:
-                    yield Caption(images[note["image_id"]], note["caption"], None, note["image_id"], name)
-                else:
-                    broken.append(f"{name} image_id {note['image_id']}")
-        else:
-            for image in content["images"]:
-                path = f"{image.get('filepath', '')}/{image['filename']}"
-                split = str(image.get("split") or "")
-                for sentence in image["sentences"]:
-                    yield Caption(path, sentence["raw"], split, image.get("cocoid"), name)
+        rows = json.loads(text)
+        if isinstance(rows, dict) and "annotations" in rows:
+            images = {image["id"]: image["file_name"] for image in rows["images"]}
+            rows = [{**note, "image": images.get(note["image_id"])} for note in rows["annotations"]]
+        elif not isinstance(rows, list):
+            rows = [{"image": f"{image.get('filepath', '')}/{image['filename']}", "split": image.get("split"),
+                     "caption": [sentence["raw"] for sentence in image["sentences"]],
+                     "image_id": image.get("cocoid")} for image in rows["images"]]
     except json.JSONDecodeError as error:
         raise UserError(f"{name} is not JSON: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{name} is neither COCO's JSON, nor Karpathy's, nor a list of rows with image and "
-                        f"caption ({type(error).__name__}: {error})") from None
+                        "caption") from None
+    return ((f"entry {number}", row) for number, row in enumerate(rows, 1))
 
 
-def read_json_lines(text: str) -> Iterator[tuple]:
+def json_lines(text: str) -> Iterator[tuple]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield f"line {number}", json.loads(line)
             except json.JSONDecodeError:
-                yield number, None
+                yield f"line {number}", None
 
 
-def read_csv(text: str, name: str) -> Iterator[tuple]:
-    """(line number, row as a dict, or None if it does not fit the header); columns end at , ; | or a tab."""
+def csv_rows(text: str, name: str) -> Iterator[tuple]:
+    """CSV with a header, separated by commas, semicolons, bars or tabs; None for a row of another length."""
     header = text.partition("\n")[0]
     delimiter = max(",\t;|", key=header.count)
     columns = [column.strip().lower() for column in next(csv.reader([header], delimiter=delimiter), [])]
@@ -238,49 +244,33 @@ def read_csv(text: str, name: str) -> Iterator[tuple]:
     try:
         for row in itertools.islice(reader, 1, None):
             if row:
-                yield reader.line_num, dict(zip(columns, row)) if len(row) == len(columns) else None
+                yield f"line {reader.line_num}", dict(zip(columns, row)) if len(row) == len(columns) else None
     except csv.Error as error:
         raise UserError(f"{name} line {reader.line_num} is not CSV ({error}): put captions with commas or "
                         "quotes in quotes, and double the quotes inside them") from None
 
 
-def parse_rows(rows: Iterable[tuple], name: str, broken: list) -> Iterator[Caption]:
-    """Captions of (line number, row) pairs; a row has one, a list of them, or caption_0, caption_1 ..."""
-    for number, row in rows:
-        row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-        image = next((row[key] for key in IMAGE_FIELDS if row.get(key)), None)
-        texts = next((row[key] for key in TEXT_FIELDS if row.get(key)), None)
-        if texts is None:
-            texts = [text for key, text in row.items() if re.fullmatch(r"caption_\d+", key)]
-        texts = texts if isinstance(texts, list) else [texts]
-        if not image or not texts or not all(isinstance(text, str) for text in texts):
-            broken.append(f"{name} line {number}")
-        else:
-            split = row.get("split")
-            yield from (Caption(str(image), text, split and str(split), None, name) for text in texts)
-
-
-def parse_parquet(file: File, pictures: list, broken: list) -> Iterator[Caption]:
+def parquet_rows(file: File, pictures: list) -> list[tuple]:
     """Hugging Face's parquet: pictures in the column `image` as {bytes, path}, read when they are needed."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{file.path} can only be read with pyarrow: pip install pyarrow") from None
+    rows = []
     try:
         table = pyarrow.parquet.ParquetFile(file.open())
         columns = {field.name: field.type for field in table.schema_arrow}
         if not pyarrow.types.is_struct(columns.pop("image", pyarrow.null())):
             raise UserError(f"{file.path} has no column image of bytes and path")
-        rows = []
         for group in range(table.num_row_groups):
             for index, row in enumerate(table.read_row_group(group, list(columns)).to_pylist()):
                 image = f"{basename(file.path)}/{row.get('filename') or f'{len(rows):06}.jpg'}"
-                pictures.append(File(image, functools.partial(parquet_picture, table, group, index),
-                                     (len(rows), *file.stamp)))
-                rows.append((len(rows), {**row, "image": image}))
+                opened = functools.partial(parquet_picture, table, group, index)
+                pictures.append(File(image, opened, (len(rows), *file.stamp)))
+                rows.append((f"row {len(rows)}", {**row, "image": image}))
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{file.path} is not a complete parquet file: {error}") from None
-    return parse_rows(rows, file.path, broken)
+    return rows
 
 
 def parquet_picture(table, group, index):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from lib.caption_formats import Caption, File, basename, match_pictures, parse_rows, read_csv
+from lib.caption_formats import Caption, File, basename, csv_rows, match_pictures, normalize_path, parse_rows
 from lib.cli import UserError
 from prepare_flickr8k import PrepareConfig, assign_splits, collect, first_images, prepare
 from tokenizer import Tokenizer
@@ -258,13 +258,13 @@ def test_csv_gives_back_what_csv_wrote(rows, delimiter):
     out = io.StringIO()
     csv.writer(out, delimiter=delimiter, lineterminator="\n").writerows([("image", "caption"), *rows])
     broken = []
-    captions = list(parse_rows(read_csv(out.getvalue(), "x.csv"), "x.csv", broken))
-    assert [(c.image, c.text) for c in captions] == rows and not broken
+    captions = list(parse_rows(csv_rows(out.getvalue(), "x.csv"), "x.csv", broken))
+    assert [(c.image, c.text) for c in captions] == [(normalize_path(i), t) for i, t in rows] and not broken
 
 
 def test_splits_prefer_column_then_lists_then_file_name_then_hash():
     column = [Caption("a", "", "train", None, "val.csv"), Caption("b", "", "valid", None, "val.csv")]
-    plain = [c._replace(split=None) for c in column]
+    plain = [c._replace(split="") for c in column]
     lists = {"train": {"b"}, "test": {"a"}}
     assert assign_splits(column, lists)[0] == {"a": "train", "b": "val"}
     assert assign_splits(plain, lists)[0] == {"a": "test", "b": "train"}
