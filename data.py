@@ -2,12 +2,12 @@
 
 import contextlib
 import copy
-import functools
 import hashlib
 import json
 import os
 import re
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -19,7 +19,7 @@ import fast
 from lib import checkpoint, cli
 from lib.cli import UserError
 from lib.images import normalize, resize
-from tokenizer import Tokenizer, pad_captions
+from tokenizer import Tokenizer, pack_captions
 
 # --------------------------------------------------------------------------------------------------
 # writing a prepared set
@@ -67,7 +67,7 @@ def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=
     assert os.path.getsize(os.path.join(out, "images.bin")) == len(names) * size * size * 3
     assert set(splits) == {"train", "val", "test"} and tokenizer.vocab_size <= 1 << 16
     texts = [text for _, text in captions]
-    tokens, offset = pack(tokenizer, [clean_caption(text) if clean else text for text in texts])
+    tokens, offset = encode_captions(tokenizer, [clean_caption(text) if clean else text for text in texts])
     with cli.atomic(os.path.join(out, "tokens.bin")) as path:
         tokens.tofile(path)
     with cli.atomic(os.path.join(out, "index.npz")) as path, open(path, "wb") as file:   # savez adds .npz
@@ -82,7 +82,7 @@ def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=
         "counts": {**(counts or {}), "images": len(names), "captions": len(texts)}})
 
 
-def pack(tokenizer, texts):
+def encode_captions(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> all their tokens end to end, uint16, and where each begins and the last ends, int64."""
     tokens = tokenizer.encode_batch(texts)
     packed = np.concatenate([np.array(ids, np.uint16) for ids in tokens] or [np.empty(0, np.uint16)])
@@ -132,7 +132,7 @@ class CaptionSet:
         if self.tokenizer.ranks != own.ranks:                      # the model reads other tokens
             clean = self.preprocessing["clean_captions"]
             texts = [clean_caption(text) if clean else text for text in self.captions]
-            self.tokens, self.offset = pack(self.tokenizer, texts)
+            self.tokens, self.offset = encode_captions(self.tokenizer, texts)
         order = np.argsort(self.image_of, kind="stable")
         bounds = np.searchsorted(self.image_of[order], np.arange(len(self.names) + 1))
         self.captions_of = [order[a:b] for a, b in zip(bounds, bounds[1:])]   # caption indices of each image
@@ -165,54 +165,34 @@ class CaptionSet:
         """The source captions of an image, as prepared."""
         return [self.captions[c] for c in self.captions_of[image]]
 
-    def rows(self, images, limit=None, rng=None):
-        """Captions of `images`: their tokens as a list of arrays, and each one's place in `images`.
-
-        All of them, or at most `limit` of each image, drawn by `rng`.
-        """
+    def caption_tokens(self, images: np.ndarray, limit: int | None = None,
+                       rng: np.random.Generator | None = None) -> list[list[np.ndarray]]:
+        """The tokens of the captions of each image: of all of them, or of at most `limit`, drawn by `rng`."""
         captions = [self.captions_of[image] for image in images]
         if limit:
             captions = [rng.permutation(own)[:limit] for own in captions]
-        chosen = [(c, place) for place, own in enumerate(captions) for c in own]
-        tokens = [self.tokens[self.offset[c] : self.offset[c + 1]] for c, _ in chosen]
-        return tokens, [place for _, place in chosen]
+        return [[self.tokens[self.offset[c] : self.offset[c + 1]] for c in own] for own in captions]
 
-    def words(self, images):
-        """How often each token occurs in the captions of each image, (B, V) float32.
-
-        Tokens seen with over 30 % of the training images, such as "a", are left out.
-        """
-        V = self.tokenizer.vocab_size
-        counts = np.stack([np.bincount(np.concatenate(self.rows([i])[0]), minlength=V) for i in images])
-        return (counts * ~self.common).astype(np.float32)
-
-    @functools.cached_property
-    def common(self):
-        train = self.split("train")
-        seen_with = np.zeros(self.tokenizer.vocab_size)
-        for image in train:
-            seen_with[np.unique(np.concatenate(self.rows([image])[0]))] += 1
-        return seen_with > 0.3 * len(train)
-
-    def longest(self, images):
-        """Tokens of each image's longest caption."""
-        lengths = np.diff(self.offset)
-        return np.array([lengths[self.captions_of[image]].max() for image in images])
+    def row_lengths(self, images: np.ndarray) -> np.ndarray:
+        """Tokens of all the captions of each image together, start tokens included."""
+        lengths = np.diff(self.offset) + 1
+        return np.array([lengths[self.captions_of[image]].sum() for image in images])
 
 
-def batches(data, images, batch_size, seed, epoch):
+def epoch_batches(data: CaptionSet, images: np.ndarray, batch_size: int, seed: int,
+                  epoch: int) -> list[np.ndarray]:
     """The batches of an epoch, image indices each: an order that depends on (seed, epoch) alone.
 
-    Within 32 shuffled batches, images are sorted by their longest caption before they are cut, so that a
+    Within 32 shuffled batches, images are sorted by the length of their rows before they are cut, so that a
     batch pads little; then the batches are shuffled.
     """
     rng = np.random.default_rng([seed, epoch])
     images = rng.permutation(images)
-    longest, pool = data.longest(images), 32 * batch_size
-    order = np.concatenate([start + np.argsort(longest[start : start + pool], kind="stable")
+    lengths, pool = data.row_lengths(images), 32 * batch_size
+    order = np.concatenate([start + np.argsort(lengths[start : start + pool], kind="stable")
                             for start in range(0, len(images), pool)])
-    cut = [images[order[i : i + batch_size]] for i in range(0, len(images), batch_size)]
-    return [cut[i] for i in rng.permutation(len(cut))]
+    batches = [images[order[i : i + batch_size]] for i in range(0, len(images), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def image_hash(data):
@@ -275,10 +255,10 @@ def read_pixels(data, images, size):
 
 
 class ImageInputs:
-    """Image indices -> what `VisionGPT.encode` takes: cached features if the ViT is frozen, else pixels."""
+    """Image indices -> what the model takes: cached features if the ViT is frozen, else uint8 pixels."""
 
-    def __init__(self, model, data, cfg, device, dtype):
-        self.data, self.cfg, self.vit = data, cfg, model.config.vit
+    def __init__(self, model, data: CaptionSet, cfg, device: torch.device, dtype: torch.dtype):
+        self.data, self.cfg, self.device, self.size = data, cfg, device, model.config.vit.image_size
         self.features = None
         if cfg.blind or cfg.augment or cfg.train == "all":
             return
@@ -289,38 +269,41 @@ class ImageInputs:
         if device.type == "cuda" and torch.cuda.mem_get_info()[0] > size + 4e9:   # else streamed
             self.features = self.features.to(device)
 
-    def __call__(self, images, rng=None):
+    def __call__(self, images: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
         """Given `rng`, random crops where cfg asks for them. Runs in the loader's thread."""
-        if self.cfg.blind:
-            S = self.vit.image_size
-            return {"images": torch.zeros(len(images), 3, S, S)}                 # the mean colour, normalised
+        if self.cfg.blind:                                                  # the mean colour, normalised
+            return {"images": torch.zeros(len(images), 3, self.size, self.size)}
         if self.features is not None:
             return {"features": self.features[torch.from_numpy(images).to(self.features.device)]}
         if rng is not None and self.cfg.augment:
-            pixels = augment(self.data.images[images], self.vit.image_size, rng)
-        else:
-            pixels = read_pixels(self.data, images, self.vit.image_size)
-        return {"images": normalize(pixels, self.vit)}
+            return {"pixels": augment(self.data.images[images], self.size, rng)}
+        return {"pixels": read_pixels(self.data, images, self.size)}
 
 
-def collate(data, images, eyes, rng=None, limit=None):
-    """Image indices -> a batch: what is seen, tokens and targets (R, T), the row of `seen` (R,) of each."""
-    rows, image = data.rows(images, limit, rng)
-    tokens, targets = pad_captions(rows, data.tokenizer.eos_id)
-    return {"seen": eyes(images, rng), "tokens": tokens, "targets": targets, "image": torch.tensor(image),
-            "count": int((targets != -100).sum())}
+def collate(data: CaptionSet, images: np.ndarray, inputs: ImageInputs, rng: np.random.Generator | None = None,
+            limit: int | None = None) -> dict:
+    """Image indices -> a batch: pixels or features, and each image's captions packed into a row (B, T)."""
+    captions = data.caption_tokens(images, limit, rng)
+    tokens, targets, positions = pack_captions(captions, data.tokenizer.eos_id)
+    return {**inputs(images, rng), "tokens": tokens, "targets": targets, "positions": positions,
+            "captions": sum(map(len, captions)), "count": int((targets != -100).sum())}
 
 
-def to_device(batch, device):
-    """Move a batch; `image` stays on the CPU, where its grouping is worked out. Pinned copies overlap."""
-    def move(tensor):
-        pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-        return pinned.to(device, non_blocking=True)
-    flat = {name: move(batch[name]) for name in ("tokens", "targets", "words") if name in batch}
-    return batch | flat | {"seen": {name: move(t) for name, t in batch["seen"].items()}}
+def pin(batch: dict) -> dict:
+    """Page-locked memory for a batch on the CPU, from which it travels to a GPU while that computes."""
+    return {name: t.pin_memory() if torch.is_tensor(t) and t.device.type == "cpu" else t
+            for name, t in batch.items()}
 
 
-def load_ahead(make, numbers):
+def to_device(batch: dict, device: torch.device, config) -> dict:
+    """Move a batch; its pixels become `images`, normalised there as the ViT of `config` takes them."""
+    batch = {name: t.to(device, non_blocking=True) if torch.is_tensor(t) else t for name, t in batch.items()}
+    if "pixels" in batch:
+        batch["images"] = normalize(batch.pop("pixels"), config)
+    return batch
+
+
+def load_ahead(make: Callable, numbers: Iterable) -> Iterator:
     """Yield make(n) for each n, the next one being made in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None

@@ -6,37 +6,36 @@ makes row i go on from what was row rows[i]. Row b * G + g is the g-th continuat
 Letters: B prompts, G rows (beams) a prompt, R rows, T text positions, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lib.cli import UserError, flag
+from lib.cli import UserError, check_ranges, flag
 
 
 @dataclass
 class DecodingConfig:
-    num_beams: int = flag(1, "beams of beam search; 1 is greedy decoding, or sampling")
-    length_penalty: float = flag(1.0, "beam score is log-probability / length**length_penalty")
-    temperature: float | None = flag(None, "sample, with logits divided by this; 0 is greedy")
-    top_k: int | None = flag(None, "sample among the k likeliest tokens")
-    top_p: float | None = flag(None, "sample among the likeliest tokens that hold this much probability")
-    repetition_penalty: float = flag(1.0, "above 1: tokens already in the text become less likely")
-    no_repeat_ngram: int = flag(0, "no sequence of this many tokens occurs twice; 0 is off")
-    num_return_sequences: int = flag(1, "captions an image: the best beams, or so many samples")
+    num_beams: int = flag(1, "beams of beam search; 1 is greedy decoding or sampling", min=1, max=1000)
+    length_penalty: float = flag(1.0, "a beam's score is its log-probability / length**length_penalty",
+                                 min=-10, max=10)
+    temperature: float | None = flag(None, "sample, with the logits divided by this; 0 is greedy", min=0, max=100)
+    top_k: int | None = flag(None, "sample from the k likeliest tokens", min=1)
+    top_p: float | None = flag(None, "sample from the likeliest tokens that together have this probability",
+                               min=1e-9, max=1)
+    repetition_penalty: float = flag(1.0, "above 1, tokens already in the text become less likely",
+                                     min=0.01, max=100)
+    no_repeat_ngram: int = flag(0, "no sequence of this many tokens occurs twice; 0 is off", min=0)
+    num_return_sequences: int = flag(1, "captions per image: the best beams, or so many samples", min=1, max=1000)
     prompt: str = flag("", "text that the caption starts with")
-    min_length: int = flag(0, "fewest new tokens before the end token")
-    max_length: int = flag(50, "most new tokens, end token counted")
+    min_length: int = flag(0, "fewest new tokens before the end token", min=0)
+    max_length: int = flag(50, "most new tokens, the end token included", min=1)
 
     def __post_init__(self):
-        at_least = dict(num_beams=1, temperature=0, top_k=1, top_p=1e-9, repetition_penalty=1e-9,
-                        no_repeat_ngram=0, num_return_sequences=1, min_length=0, max_length=1)
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= low:                       # nan is refused too
-                limit = "above 0" if low == 1e-9 else f"at least {low}"
-                raise UserError(f"{name} is {value}, but must be {limit}")
-        if self.top_p is not None and self.top_p > 1:
-            raise UserError(f"top_p is {self.top_p}, but is a probability: at most 1")
+        check_ranges(self)
+        if self.temperature and self.temperature < 1e-6:
+            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or at least 1e-6")
         if self.min_length > self.max_length:
             raise UserError(f"min_length {self.min_length} is more than max_length {self.max_length}")
         if self.samples and self.num_beams > 1:
@@ -52,17 +51,18 @@ class DecodingConfig:
         return bool(given) and self.temperature != 0 and self.top_k != 1
 
 
-def decode(step, select, start, config, end, generator=None):
+def decode(step: Callable, select: Callable, start: Tensor, config: DecodingConfig, eos_id: int,
+           generator: torch.Generator | None = None) -> tuple[list[list[int]], list[float]]:
     """Continue each row of `start` (B, T0), whose first token is the start token.
 
     Returns B * num_return_sequences lists of new tokens without the end token, prompt after prompt, and
     their scores, log-probability / length**length_penalty, of the new tokens and the end token.
     """
-    search = beam_search if config.num_beams > 1 else follow
-    return search(step, select, start, config, end, generator)
+    search = beam_search if config.num_beams > 1 else greedy_or_sample
+    return search(step, select, start, config, eos_id, generator)
 
 
-def follow(step, select, start, config, end, generator):
+def greedy_or_sample(step, select, start, config, eos_id, generator):
     """One token a step for each row: the likeliest, or a sample of `num_return_sequences` rows a prompt."""
     logits = step(start)
     widen = torch.arange(len(start), device=start.device).repeat_interleave(config.num_return_sequences)
@@ -74,20 +74,20 @@ def follow(step, select, start, config, end, generator):
     total = torch.zeros(len(text), device=text.device)
     length = torch.zeros(len(text), dtype=torch.long, device=text.device)
     for new in range(1, config.max_length + 1):
-        logits = adjust(logits.float(), text, config, end, new)
+        logits = process_logits(logits.float(), text, config, eos_id, new)
         token = sample(logits, config, generator) if config.samples else logits.argmax(-1)
         logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
         total += logprob.masked_fill(done, 0)
         length += ~done
         text = torch.cat([text, token[:, None]], dim=1)                  # a finished row goes on, and is cut
-        done |= token == end
-        if new == config.max_length or (ask_now(text.device, new) and done.all()):
+        done |= token == eos_id
+        if new == config.max_length or done.all():
             break
         logits = step(token[:, None])
-    return cut(text[:, start.shape[1] :], end), (total / length**config.length_penalty).tolist()
+    return cut(text[:, start.shape[1] :], eos_id), (total / length**config.length_penalty).tolist()
 
 
-def beam_search(step, select, start, config, end, generator=None):
+def beam_search(step, select, start, config, eos_id, generator=None):
     """Keeps the G likeliest unfinished texts of each prompt; every one of them may end at every step.
 
     Stops when no unfinished text can still beat the G best finished ones, or cuts them at max_length.
@@ -99,7 +99,7 @@ def beam_search(step, select, start, config, end, generator=None):
     logits, prompt = logits[rows], start[rows]
     live = torch.full((B, G), -torch.inf, device=device)                     # log-probabilities of the beams
     live[:, 0] = 0                                                           # as yet all beams are the same
-    text = torch.full((B * G, L), end, device=device)                        # new tokens, then end tokens
+    text = torch.full((B * G, L), eos_id, device=device)                        # new tokens, then end tokens
     best = torch.full((B, G), -torch.inf, device=device)                     # scores of the finished texts
     best_text = text.view(B, G, L).clone()
 
@@ -111,10 +111,10 @@ def beam_search(step, select, start, config, end, generator=None):
         best_text = texts.gather(1, keep[:, :, None].expand(-1, -1, L))
 
     for new in range(1, L + 1):
-        logits = adjust(logits.float(), torch.cat([prompt, text[:, : new - 1]], dim=1), config, end, new)
+        logits = process_logits(logits.float(), torch.cat([prompt, text[:, : new - 1]], dim=1), config, eos_id, new)
         total = live.view(-1, 1) - logits.logsumexp(-1, keepdim=True)        # plus a logit: log-probability
-        finish((total + logits[:, end : end + 1]).view(B, G), new)
-        logits[:, end] = -torch.inf
+        finish((total + logits[:, eos_id : eos_id + 1]).view(B, G), new)
+        logits[:, eos_id] = -torch.inf
         likeliest, token = logits.topk(min(G, logits.shape[-1]))             # (R, K)
         K = token.shape[1]
         live, choice = (likeliest + total).view(B, G * K).topk(G)
@@ -126,30 +126,25 @@ def beam_search(step, select, start, config, end, generator=None):
             finish(live, new)
         # a live text's best hope is to go on with certainty; log-probabilities are negative
         hope = live[:, 0] / (L if config.length_penalty > 0 else new + 1) ** config.length_penalty
-        if new == L or (ask_now(device, new) and (best[:, -1] >= hope).all()):
+        if new == L or (best[:, -1] >= hope).all():
             break
         select(rows)
         logits = step(token[:, None])
     n = config.num_return_sequences
-    return cut(best_text[:, :n].flatten(0, 1), end), best[:, :n].flatten().tolist()
+    return cut(best_text[:, :n].flatten(0, 1), eos_id), best[:, :n].flatten().tolist()
 
 
-def ask_now(device, new):
-    """Asking a GPU whether all rows are done makes the host wait for it: only at every eighth token."""
-    return device.type == "cpu" or new % 8 == 0
-
-
-def cut(texts, end):
+def cut(texts: Tensor, eos_id: int) -> list[list[int]]:
     """(R, T) -> lists of tokens, each up to its first end token."""
-    return [row[: row.index(end)] if end in row else row for row in texts.tolist()]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in texts.tolist()]
 
 
-def adjust(logits, text, config, end, new):
+def process_logits(logits: Tensor, text: Tensor, config: DecodingConfig, eos_id: int, new: int) -> Tensor:
     """Penalties and bans, in place, on logits (R, V) of the `new`-th token after `text` (R, T).
 
     Repetition penalty of Keskar et al. 2019 (CTRL). The end token, which is the start token too, is spared.
     """
-    end_logit = logits[:, end].clone()
+    eos_logit = logits[:, eos_id].clone()
     if config.repetition_penalty != 1:
         held = logits.gather(1, text)
         p = config.repetition_penalty
@@ -161,11 +156,11 @@ def adjust(logits, text, config, end, new):
         seen = (grams[:, :, :-1] == tail[:, None]).all(-1)                   # (R, M)
         ban = torch.where(seen, -torch.inf, torch.inf)
         logits.scatter_reduce_(1, grams[:, :, -1], ban, "amin")
-    logits[:, end] = end_logit if new > config.min_length else -torch.inf
+    logits[:, eos_id] = eos_logit if new > config.min_length else -torch.inf
     return logits
 
 
-def sample(logits, config, generator):
+def sample(logits: Tensor, config: DecodingConfig, generator: torch.Generator | None) -> Tensor:
     """Draw one token a row from logits (R, V) after temperature, top-k and top-p (Holtzman et al. 2019)."""
     logits = logits / (config.temperature or 1.0)
     if config.top_k is not None:

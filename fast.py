@@ -1,101 +1,128 @@
-"""Fast paths: on the CPU linear layers through oneDNN and int8 weights, on a GPU decoding as CUDA graphs.
+"""Faster arithmetic on the CPU: linear layers through oneDNN, weights laid out once, int8.
 
     fast.pack(model)                # float32 or bfloat16: the same sums in another order, 2 to 3 times faster
     fast.pack(model, int8=True)     # bfloat16, GPT-2's weights rounded to 8 bits: a little less exact
-    fast.record(model)              # GPU: a token costs one launch instead of hundreds
 
-A model left alone computes the same in plain PyTorch. Why packing pays: for float32 PyTorch's F.linear calls
-MKL, which on AMD CPUs reaches less than half of what oneDNN does, and packed weights need not be laid out
-anew for every token.
+A model left alone computes the same in plain PyTorch. Packing pays because for float32 PyTorch's F.linear calls
+MKL, which reaches less than half of oneDNN's speed on AMD CPUs, and because packed weights need not be laid out
+again for every token.
 """
 
 import sys
-import types
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from gpt2 import GPT2, KVCache
+from gpt2 import TokenEmbedding
 from lib.cli import UserError
 
 # oneDNN's linear layer as an eager operator; private to PyTorch, so it may be absent
 POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def available(dtype=torch.float32):
+def available(dtype: torch.dtype = torch.float32) -> bool:
     """Whether oneDNN multiplies matrices of `dtype` here: bfloat16 needs a CPU that has it."""
     return torch.backends.mkldnn.is_available() and (
         dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack(module, int8=False, copies=True):
-    """Make the linear layers and head of a model on the CPU compute through oneDNN; returns the model.
+def pack(model: nn.Module, int8: bool = False, copies: bool = True) -> nn.Module:
+    """Swap the linear layers and the head of a model on the CPU for ones that use oneDNN; returns the model.
 
-    With `copies` frozen weights are packed at first use, which takes their memory again, else the head alone.
-    To caption, call `fast.pack(model.requires_grad_(False))`. The parameters stay what they are;
-    load_state_dict, `.to` and in-place changes are noticed, edits through `.data` are not, and a deep copy
-    wants to be packed anew. An MLP's GELU is computed within its first layer.
+    The parameters and their names stay. With `copies` frozen weights are packed at first use, which takes their
+    memory again, else the head alone. To caption, call `fast.pack(model.requires_grad_(False))`.
 
-    With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale for each output
-    row, while activations stay bfloat16, so that GPT-2's few very large channels cost nothing; raises
-    UserError unless the model is in bfloat16 on the CPU.
+    With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale for each output row,
+    while activations stay bfloat16, so that GPT-2's few very large channels cost nothing. Raises UserError unless
+    the model is in bfloat16 on the CPU.
     """
-    first = next(module.parameters())
+    first = next(model.parameters())
     if int8 and (first.device.type != "cpu" or first.dtype != torch.bfloat16):
         raise UserError("int8 weights need a model in bfloat16 on the CPU: use --dtype bfloat16 --device cpu")
-    if first.device.type != "cpu":
-        return module
-    quick = available(first.dtype)
-    if first.dtype == torch.bfloat16 and not quick:
+    quick = first.device.type == "cpu" and available(first.dtype)
+    if first.device.type == "cpu" and first.dtype == torch.bfloat16 and not quick:
         print("this CPU has no bfloat16 arithmetic: --dtype float32 will be faster", file=sys.stderr)
-    for name, part in module.named_modules():
-        rounded = int8 and name.startswith(("gpt2", "xattn"))
-        if not (rounded or quick):
+    for path, parent in list(model.named_modules()):
+        rounded = int8 and path.startswith(("gpt2", "xattn"))
+        if not (quick or rounded):
             continue
-        if isinstance(part, nn.Linear):
-            part.forward = types.MethodType(forward_int8 if rounded else forward, part)
-            weight = part.weight
-        elif isinstance(part, GPT2):
-            part.linear = linear_int8 if rounded else linear
-            weight = part.wte.weight
-        elif isinstance(getattr(part, "activation", None), nn.GELU):
-            vars(part).pop("forward", None)                                      # of an earlier packing
-            if not rounded:
-                first, last = (layer for layer in part.children() if isinstance(layer, nn.Linear))
-                part.forward = partial(mlp, first, part.activation.approximate, last)
-            continue
-        else:
-            continue
-        if not rounded and (copies or isinstance(part, GPT2)):
-            weight.packed = {}
-    return module
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, PackedLinear(child, rounded, copies))
+            elif isinstance(child, TokenEmbedding):
+                setattr(parent, name, PackedEmbedding(child, rounded))
+        if isinstance(getattr(parent, "activation", None), nn.GELU):             # of an MLP: into its first layer
+            layer = next(child for child in parent.children() if isinstance(child, nn.Linear))
+            layer.gelu, parent.activation = parent.activation.approximate, nn.Identity()
+    return model
 
 
-def forward(module, x):
-    return linear(x, module.weight, module.bias)
+class PackedLinear(nn.Linear):
+    """A linear layer's own parameters, multiplied by oneDNN; then GELU, where `gelu` says which."""
+
+    def __init__(self, layer: nn.Linear, int8: bool, copies: bool):
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.training = layer.weight, layer.bias, layer.training
+        self.gelu, self.packed = getattr(layer, "gelu", None), PackedWeight(int8, copies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.packed, self.gelu)
 
 
-def forward_int8(module, x):
-    return linear_int8(x, module.weight, module.bias)
+class PackedEmbedding(TokenEmbedding):
+    """A token embedding's own weight, multiplied by oneDNN where it is the head."""
+
+    def __init__(self, embedding: TokenEmbedding, int8: bool):
+        super().__init__(*embedding.weight.shape, _weight=embedding.weight)
+        self.weight, self.packed = embedding.weight, PackedWeight(int8, copies=True)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, None, self.packed)
 
 
-def mlp(first, gelu, last, x):
-    """The MLP of a transformer block: layers `first` and `last`, GELU between them."""
-    return last(linear(x, first.weight, first.bias, gelu))
+class PackedWeight:
+    """A weight and its transpose as a kernel wants them, kept as long as the weight does not change.
+
+    load_state_dict, `.to` and in-place changes are noticed, edits through `.data` are not.
+    """
+
+    def __init__(self, int8: bool, copies: bool):
+        self.int8, self.copies, self.held = int8, copies, {}
+
+    def __deepcopy__(self, memo):
+        return PackedWeight(self.int8, self.copies)
+
+    def __call__(self, weight: Tensor, transposed: bool = False):
+        """`weight`, or its transpose; as it is if it is trained or no copy shall be kept."""
+        plain = weight.detach().t() if transposed else weight.detach()
+        if not self.int8 and (weight.requires_grad or not self.copies):
+            return plain
+        state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if self.held.get(transposed, (None,))[0] != state:
+            self.held[transposed] = state, self.make(plain)
+        return self.held[transposed][1]
+
+    def make(self, plain: Tensor):
+        if not self.int8:
+            return plain.to_mkldnn() if POINTWISE is None else torch.ops.mkldnn._reorder_linear_weight(plain)
+        scale = plain.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        return (plain.float() / scale).round().to(torch.int8), scale.flatten().to(plain.dtype)
 
 
-def linear(x, weight, bias=None, gelu=None):
-    """F.linear through oneDNN: x (..., K), weight (N, K), bias (N,) -> (..., N); then F.gelu, if named."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight, gelu: str | None = None) -> Tensor:
+    """F.linear: x (..., K), weight (N, K), bias (N,) -> (..., N); then F.gelu(approximate=gelu), if named."""
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     if x.device.type != "cpu" or weight.dtype != dtype or dtype not in (torch.float32, torch.bfloat16):
         out = F.linear(x, weight, bias)
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        out = Linear.apply(x.to(dtype), weight, bias)
+        out = Linear.apply(x.to(dtype), weight, bias, packed)
+    elif packed.int8:
+        out = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), *packed(weight)).view(*x.shape[:-1], -1)
+        out = out if bias is None else out.add_(bias)
     else:
-        return onednn(x.to(dtype) if autocast else x, packed(weight), bias, gelu)
+        return onednn(x.to(dtype), packed(weight), bias, gelu)
     return out if gelu is None else F.gelu(out, approximate=gelu)
 
 
@@ -103,8 +130,9 @@ class Linear(torch.autograd.Function):
     """F.linear and its gradients through oneDNN."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, packed):
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.packed = packed
         return onednn(x, packed(weight), bias)
 
     @staticmethod
@@ -112,16 +140,16 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows, into_x, into_weight, into_bias = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
-            into_x = onednn(grad.contiguous(), packed(weight, transposed=True))
+            into_x = onednn(grad.contiguous(), ctx.packed(weight, transposed=True))
         if ctx.needs_input_grad[1]:
             into_weight = onednn(rows.t().contiguous(), x.reshape(-1, x.shape[-1]).t())
         if ctx.needs_input_grad[2]:
             into_bias = rows.sum(0)
-        return into_x, into_weight, into_bias
+        return into_x, into_weight, into_bias, None
 
 
-def onednn(x, weight, bias=None, gelu=None):
-    """x @ weight.T + bias, the weight plain or from `packed`; then F.gelu(approximate=gelu), if named."""
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: str | None = None) -> Tensor:
+    """x @ weight.T + bias, the weight plain or packed; then F.gelu(approximate=gelu), if named."""
     if POINTWISE is None:
         weight = weight if weight.is_mkldnn else weight.to_mkldnn()
         out = F.linear(x.contiguous().to_mkldnn(), weight, bias).to_dense()
@@ -130,127 +158,3 @@ def onednn(x, weight, bias=None, gelu=None):
     if x.numel() == x.shape[-1]:                    # oneDNN reads weights faster for four rows than for one
         return POINTWISE(x.reshape(1, -1).expand(4, -1), weight, bias, *rest)[0].view(*x.shape[:-1], -1)
     return POINTWISE(x, weight, bias, *rest)
-
-
-# --------------------------------------------------------------------------------------------------
-# packed weights are kept on the parameter, under the state they were made from
-
-
-def state_of(weight):
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
-
-def packed(weight, transposed=False):
-    """`weight`, or its transpose, as oneDNN wants it; as it is if it is trained or no copy shall be kept."""
-    plain = weight.detach()
-    if weight.requires_grad or not hasattr(weight, "packed"):
-        return plain.t() if transposed else plain
-    state, made = weight.packed.get(transposed, (None, None))
-    if state != state_of(weight):
-        plain = plain.t() if transposed else plain
-        made = plain.to_mkldnn() if POINTWISE is None else torch.ops.mkldnn._reorder_linear_weight(plain)
-        weight.packed[transposed] = state_of(weight), made
-    return made
-
-
-def linear_int8(x, weight, bias=None):
-    """F.linear with the weight rounded to 8 bits, symmetrically, one scale for each output row."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
-        return F.linear(x, weight, bias)
-    state, made = getattr(weight, "packed_int8", (None, None))
-    if state != state_of(weight):
-        plain = weight.detach().float()
-        scale = plain.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        made = (plain / scale).round().to(torch.int8), scale.flatten().to(x.dtype)
-        weight.packed_int8 = state_of(weight), made
-    out = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), *made).view(*x.shape[:-1], -1)
-    return out if bias is None else out.add_(bias)
-
-
-# --------------------------------------------------------------------------------------------------
-# CUDA graphs
-
-
-def record(model):
-    """Let `generate` replay recorded token steps on a CUDA device; returns the model.
-
-    A graph is recorded for each text length at first use, for each number of images, beams and tokens.
-    Weights may change in place, but must stay where they are. Raises UserError on another device.
-    """
-    if model.device.type != "cuda":
-        raise UserError("decoding is recorded as CUDA graphs: --compile needs --device cuda")
-    model.recorded = {}
-    return model
-
-
-def replay(model, eager, cache, cross_kv, groups, rows, length):
-    """`step` and `select` for decoding.py: `eager` for the prompt, into `cache`, and from there on graphs."""
-    key = len(cross_kv), groups.n_image, rows, length                         # no image: plain GPT-2
-    if key not in model.recorded:
-        model.recorded[key] = Recorded(model, cross_kv, groups, rows, length)
-    recorded, begun = model.recorded[key], False
-
-    def select(parents):
-        nonlocal begun
-        if begun:
-            recorded.cache.select(parents)
-        else:
-            recorded.start(cross_kv, cache, parents)
-            begun = True
-
-    def step(tokens):
-        if cache.length == 0:
-            return eager(tokens)
-        if not begun:
-            select(torch.arange(rows, device=tokens.device))
-        return recorded.step(tokens)
-
-    return step, select
-
-
-class Recorded:
-    """Token steps of `rows` texts over fixed buffers: cache, newest tokens, keys and values, logits."""
-
-    def __init__(self, model, cross_kv, groups, rows, length):
-        self.model, self.groups, self.graphs = model, groups, {}
-        weight = model.gpt2.wte.weight
-        self.cache = KVCache(model.gpt2.config, rows, length, weight.device, weight.dtype)
-        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)
-        self.logits = weight.new_empty(rows, len(weight))
-        self.cross_kv = {name: torch.empty_like(kv) for name, kv in cross_kv.items()}
-        self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(weight.device)
-
-    def start(self, cross_kv, cache, parents):
-        """Begin with row parents[i] of `cache`, which holds the prompt, as row i."""
-        for name, kv in cross_kv.items():
-            self.cross_kv[name].copy_(kv)
-        n = self.cache.length = cache.length
-        self.cache.k[..., :n, :] = cache.k[:, parents, :, :n]
-        self.cache.v[..., :n, :] = cache.v[:, parents, :, :n]
-
-    def step(self, tokens):
-        """The newest tokens (R, 1) -> logits (R, V)."""
-        self.tokens.copy_(tokens)
-        n = self.cache.length
-        if n not in self.graphs:
-            self.graphs[n] = self.capture(n)
-        self.graphs[n].replay()
-        self.cache.length = n + 1
-        return self.logits.clone()                                  # decoding.py changes them in place
-
-    def capture(self, n):
-        """The step after n tokens as a CUDA graph."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.tokens.device):
-            self.side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.side):                      # libraries set themselves up, unrecorded
-                self.forward(n)
-            torch.cuda.current_stream().wait_stream(self.side)
-            with torch.cuda.graph(graph, pool=self.pool):
-                self.forward(n)
-        return graph
-
-    def forward(self, n):
-        self.cache.length = n
-        x = self.model.hidden(self.tokens, self.cross_kv, self.groups, self.cache)
-        self.logits.copy_(self.model.gpt2.logits(x[:, -1]))

@@ -1,25 +1,22 @@
 """Vision-GPT: a ViT sees, a Perceiver Resampler compresses, cross-attention lets GPT-2 look while it writes.
 
-Letters: B batch of images, R caption rows, T text positions, N patches, L latents, C GPT-2's width,
-V vocabulary.
+Letters: B images, G rows of text an image, T text positions, N patches, L latents, C GPT-2's width, V vocabulary.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-import fast
 from decoding import DecodingConfig, decode
-from gpt2 import GPT2, GPT2Config, KVCache, Ragged
+from gpt2 import GPT2, GPT2Config, KVCache, packed_mask
 from lib import checkpoint
-from lib.cli import UserError, atomic, nearest, pick_device
-from lib.images import preprocess
-from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig
-from tokenizer import Tokenizer, pad_captions
+from lib.cli import UserError, nearest, pick_device
+from lib.images import load_image, preprocess
+from resampler import CrossAttention, PerceiverResampler, ResamplerConfig
+from tokenizer import Tokenizer, pack_captions
 from vit import ViT, ViTConfig
 
 FROZEN = ("vit.", "gpt2.")      # prefixes of what comes pretrained; `resampler.` and `xattn.` are the fusion
@@ -31,7 +28,7 @@ class VisionGPTConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt2: GPT2Config = field(default_factory=GPT2Config)
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
-    cross_attention: tuple | None = None          # before these blocks of GPT-2; None: at 1/4, 1/2 and 3/4
+    cross_attention: tuple[int, ...] | None = None     # before these blocks of GPT-2; None: at 1/4, 1/2 and 3/4
 
     def __post_init__(self):
         for name, kind in (("vit", ViTConfig), ("gpt2", GPT2Config), ("resampler", ResamplerConfig)):
@@ -48,28 +45,30 @@ class VisionGPTConfig:
 class VisionGPT(nn.Module):
     """The captioner. ViT and GPT-2 are frozen unless `freeze(False)` is called."""
 
-    def __init__(self, config=None, tokenizer=None, vit=None, gpt2=None):
+    def __init__(self, config: VisionGPTConfig | None = None, tokenizer: Tokenizer | None = None,
+                 vit: ViT | None = None, gpt2: GPT2 | None = None):
         super().__init__()
         self.config = config = config or VisionGPTConfig()
         self.tokenizer = tokenizer
         self.backbones = {}                 # {"vit": file, "gpt2": file} where they were loaded from files
-        self.recorded = None                # CUDA graphs of decoding, after fast.record
         width, dropout = config.gpt2.n_embd, config.resampler.dropout
         self.vit = vit or ViT(config.vit)
         self.gpt2 = gpt2 or GPT2(config.gpt2)
         self.resampler = PerceiverResampler(config.resampler, config.vit.n_embd, width)
         self.xattn = nn.ModuleDict({str(i): CrossAttention(width, config.gpt2.n_head, dropout)
                                     for i in config.cross_attention})
+        given = [name for name, part in (("vit.", vit), ("gpt2.", gpt2)) if part]
+        init_weights({name: p for name, p in self.named_parameters() if not name.startswith(tuple(given))}, config)
         self.freeze()
 
-    def freeze(self, frozen=True):
+    def freeze(self, frozen: bool = True) -> "VisionGPT":
         """Train the fusion alone (True) or everything (False)."""
         self.frozen = frozen
         for backbone in (self.vit, self.gpt2):
             backbone.requires_grad_(not frozen)
         return self.train(self.training)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "VisionGPT":
         super().train(mode)
         if self.frozen:                     # frozen parts always run in eval mode: no dropout in them
             self.vit.eval()
@@ -77,110 +76,135 @@ class VisionGPT(nn.Module):
         return self
 
     @property
-    def eos_id(self):
+    def eos_id(self) -> int:
         """The token that starts and ends every caption: the last of the vocabulary, 50256 in GPT-2's."""
         return self.config.gpt2.vocab_size - 1
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.resampler.latents.device
 
     # ----------------------------------------------------------------------------------------------
     # images and text to logits and loss
 
-    def encode(self, images=None, features=None):
+    def encode(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """Images (B, 3, S, S), or cached ViT patch tokens (B, N, C_vit), -> visual tokens (B, L, C)."""
-        if features is None:
-            features = self.vit(images.to(self.vit.cls_token.dtype))[:, 1:]      # without the class token
-        return self.resampler(features.to(self.resampler.latents.dtype))
+        return self.resampler(self.features(images) if features is None else self.to_own(features))
 
-    def cross_kv(self, visual):
-        """Visual tokens (B, L, C) -> {block: (k, v)} of every cross-attention, each (B, H, L, D)."""
-        return {name: layer.cross_kv(visual) for name, layer in self.xattn.items()}
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> the ViT's patch tokens (B, N, C_vit), without its class token."""
+        return self.to_own(self.vit(images.to(self.device, self.vit.cls_token.dtype))[:, 1:])
 
-    def hidden(self, tokens, cross_kv, groups, cache=None, ragged=None):
-        """Where the two worlds meet: GPT-2's blocks, with cross-attention before some -> (R, T, C).
+    def to_own(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.resampler.latents.dtype)
 
-        With `ragged` only what it keeps of the tokens is computed -> (M, C).
+    def cross_kv(self, visual: Tensor | None) -> dict[str, Tensor]:
+        """Visual tokens (B, L, C) -> {block: k and v (2, B, H, L, D)} for each cross-attention."""
+        return {} if visual is None else {name: layer.cross_kv(visual) for name, layer in self.xattn.items()}
+
+    def hidden(self, tokens: Tensor, cross_kv: dict[str, Tensor], positions: Tensor | None = None,
+               cache: KVCache | None = None, return_weights: bool = False):
+        """Where the two worlds meet: GPT-2's blocks, with cross-attention before some -> (B * G, T, C).
+
+        With `return_weights` also {block: what each position looked at, (B, H, G * T, L)}.
         """
-        x = self.gpt2.embed(tokens, cache.length if cache else 0)
-        x = x if ragged is None else ragged.unpad(x)
-        for layer, block in enumerate(self.gpt2.h):
-            if str(layer) in cross_kv:
-                x = self.xattn[str(layer)](x, cross_kv[str(layer)], groups, ragged)
-            x = block(x, cache, layer, ragged)
+        x = self.gpt2.embed(tokens, positions, cache.length if cache else 0)
+        mask, weights = None if positions is None else packed_mask(positions), {}
+        for i, block in enumerate(self.gpt2.h):
+            if str(i) in cross_kv:
+                x, weights[i] = self.xattn[str(i)](x, cross_kv[str(i)], return_weights)
+            x = block(x, mask, cache)
         if cache:
             cache.length += tokens.shape[1]
-        return x
+        return (x, weights) if return_weights else x
 
-    def look(self, tokens, visual, image, ragged=None):
-        """`hidden` of whole captions: row i looks at visual[image[i]], by default visual[i], if any."""
-        if visual is None:
-            return self.hidden(tokens, {}, None, ragged=ragged)
-        if len(visual if image is None else image) != len(tokens):
-            raise UserError(f"{len(tokens)} caption rows and {len(visual)} images: "
-                            "name each row's image with image=")
-        return self.hidden(tokens, self.cross_kv(visual), Groups(len(visual), image), ragged=ragged)
+    def forward(self, tokens: Tensor, visual: Tensor | None = None, targets: Tensor | None = None,
+                positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B * G, T) -> logits (B * G, T, V), and the mean cross-entropy over targets but -100, or None.
 
-    def forward(self, tokens, visual=None, targets=None, image=None):
-        """Tokens (R, T) -> logits (R, T, V), and the mean cross-entropy over targets but -100, or None.
-
-        `targets[r, t]` is the token after `tokens[r, t]`. `image` (R,) says which row of `visual` (B, L, C)
-        each caption looks at (default: row i at i). Without `visual` this is plain GPT-2.
+        Rows b * G to b * G + G - 1 look at visual[b], of (B, L, C); without `visual` this is plain GPT-2.
+        `targets[r, t]` is the token after `tokens[r, t]`. `positions` (B * G, T) restart at 0 with each of the
+        captions packed into a row.
         """
-        logits = self.gpt2.logits(self.look(tokens, visual, image))
+        if visual is not None and len(tokens) % len(visual):
+            raise UserError(f"{len(tokens)} rows of text cannot be shared out evenly among {len(visual)} images")
+        logits = self.gpt2.logits(self.hidden(tokens, self.cross_kv(visual), positions))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
-    def loss(self, tokens, visual=None, targets=None, image=None, label_smoothing=0.0, reduction="mean"):
-        """`forward`'s loss without its logits: no padding, and only real targets reach the head, by chunks.
+    def loss(self, tokens: Tensor, visual: Tensor | None, targets: Tensor, positions: Tensor | None = None,
+             label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
+        """`forward`'s loss without its logits: only real targets reach the head, chunk by chunk.
 
         `reduction` "sum" leaves the division by the number of targets to the caller.
         """
-        if targets is None:
-            raise UserError("loss needs targets (R, T): the token after each, -100 where there is none")
+        x = self.hidden(tokens, self.cross_kv(visual), positions)
         real = targets != -100
-        ragged = Ragged(real)                               # padding is computed nowhere but in attention
-        chosen, targets = real.flatten()[ragged.index].nonzero()[:, 0], targets[real]
-        x = self.look(tokens, visual, image, ragged).index_select(0, chosen)
-        x, head = self.gpt2.ln_f(x), self.gpt2.wte.weight
+        x, targets, head = self.gpt2.ln_f(x[real]), targets[real], self.gpt2.wte
         if self.frozen:
-            total = HeadLoss.apply(x.to(head.dtype), head, targets, label_smoothing, self.gpt2.linear)
+            total = ChunkedLoss.apply(x.to(head.weight.dtype), head.attend, targets, label_smoothing)
         else:
-            total = head_loss(x, head, targets, label_smoothing)
+            total = head_loss(x, head.attend, targets, label_smoothing)
         return total if reduction == "sum" else total / len(targets)
 
-    def score(self, images, captions):
+    @torch.inference_mode()
+    def score(self, images: Tensor, captions: list[str]) -> Tensor:
         """Mean log-probability per token, end token counted, of a caption for each image -> (B,) float32."""
         if len(images) != len(captions):
             raise UserError(f"{len(captions)} captions for {len(images)} images: give one for each")
-        rows = [self.require_tokenizer().encode(text) for text in captions]
-        tokens, targets = pad_captions(rows, self.eos_id)
-        with torch.inference_mode():
-            logits, _ = self(tokens.to(self.device), self.encode(images.to(self.device)))
-            targets = targets.to(self.device)
-            logits = logits.float().transpose(1, 2)                              # (B, V, T)
-            losses = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-            return -losses.sum(1) / (targets != -100).sum(1)
+        rows = [[self.require_tokenizer().encode(text)] for text in captions]
+        tokens, targets, positions = (t.to(self.device) for t in pack_captions(rows, self.eos_id))
+        logits = self(tokens, self.encode(images), positions=positions)[0].float().transpose(1, 2)   # (B, V, T)
+        losses = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+        return -losses.sum(1) / (targets != -100).sum(1)
+
+    @torch.inference_mode()
+    def attention_maps(self, images: Tensor, tokens: Tensor, layer: int | None = None) -> Tensor:
+        """Images (B, 3, S, S), captions (B, T) after a start token -> maps (B, T, h, w) of sum 1, on the CPU.
+
+        The map at position t is of the step that chose token t + 1: cross-attention to the latents times the
+        last resampler layer's attention to the patches, heads averaged. `layer` is a block of GPT-2, None the
+        mean of all. Raises UserError when that block has no cross-attention.
+        """
+        if layer not in (None, *self.config.cross_attention):
+            blocks = ", ".join(map(str, self.config.cross_attention))
+            raise UserError(f"GPT-2's block {layer} has no cross-attention; choose from {blocks}")
+        visual, to_patches = self.resampler(self.features(images), return_weights=True)
+        _, to_latents = self.hidden(tokens.to(self.device), self.cross_kv(visual), return_weights=True)
+        chosen = torch.stack([w for i, w in to_latents.items() if layer in (None, i)])     # (blocks, B, H, T, L)
+        maps = chosen.mean((0, 2)) @ to_patches.mean(1)                                     # (B, T, N)
+        side = self.config.vit.image_size // self.config.vit.patch_size
+        return maps.unflatten(-1, (side, side)).cpu()
 
     # ----------------------------------------------------------------------------------------------
     # captions
 
-    def preprocess(self, images):
+    def preprocess(self, images: list) -> Tensor:
         """Paths or PIL images -> (B, 3, S, S) float32 on the CPU."""
         return preprocess(images, self.config.vit)
 
-    def caption(self, images, batch_size=16, **decoding):
-        """A path or PIL image -> its caption; a list of them -> a list. Takes what `generate` takes."""
+    def caption(self, images, batch_size: int = 16, errors: str = "raise", **decoding):
+        """A path or PIL image -> its caption; a list of them -> a list. Takes what `generate` takes.
+
+        With errors="skip" a picture that cannot be read gives None in its place.
+        """
         if not isinstance(images, (list, tuple)):
-            texts = self.generate(self.preprocess([images]), **decoding)
+            texts = self.caption([images], batch_size, errors, **decoding)
             return texts[0] if len(texts) == 1 else texts
-        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        return [text for batch in batches for text in self.generate(self.preprocess(batch), **decoding)]
+        texts = []
+        for start in range(0, len(images), batch_size):
+            batch = [load_or_none(image, errors) for image in images[start : start + batch_size]]
+            held = [image for image in batch if image is not None]
+            found = self.generate(self.preprocess(held), **decoding) if held else []
+            n = len(found) // len(held) if held else 1
+            found = iter(found)
+            texts += [None if image is None else next(found) for image in batch for _ in range(n)]
+        return texts
 
     @torch.inference_mode()
-    def generate(self, images=None, visual=None, generator=None, return_scores=False, **decoding):
+    def generate(self, images: Tensor | None = None, visual: Tensor | None = None,
+                 generator: torch.Generator | None = None, return_scores: bool = False, **decoding):
         """Preprocessed images (B, 3, S, S), or visual tokens -> captions as texts, image after image.
 
         Takes the fields of DecodingConfig; without images or visual tokens it continues the prompt as plain
@@ -198,29 +222,25 @@ class VisionGPT(nn.Module):
         return (texts, scores) if return_scores else texts
 
     @torch.inference_mode()
-    def generate_tokens(self, config, prompt=(), images=None, visual=None, generator=None):
+    def generate_tokens(self, config: DecodingConfig, prompt: list[int] = (), images: Tensor | None = None,
+                        visual: Tensor | None = None, generator: torch.Generator | None = None):
         """`generate` in token ids: num_return_sequences lists of new tokens an image, and their scores."""
         room = self.config.gpt2.n_positions - 1 - len(prompt)
         if config.max_length > room:
             raise UserError(f"max_length {config.max_length} is more than the {room} positions that "
                             f"GPT-2 has left after a prompt of {len(prompt)} tokens")
-        if images is not None:
-            visual = self.encode(images.to(self.device))
-        cross_kv, B = ({}, 1) if visual is None else (self.cross_kv(visual), len(visual))
+        visual = visual if images is None else self.encode(images)
+        cross_kv, B = self.cross_kv(visual), 1 if visual is None else len(visual)
         start = torch.tensor([[self.eos_id, *prompt]], device=self.device).expand(B, -1)
         dtype, length = self.gpt2.wpe.weight.dtype, start.shape[1] + config.max_length
-        cache, groups = KVCache(self.config.gpt2, B, length, self.device, dtype), Groups(B)
+        cache = KVCache(self.config.gpt2, B, length, self.device, dtype)
 
-        def step(tokens):
-            return self.gpt2.logits(self.hidden(tokens, cross_kv, groups, cache)[:, -1])
+        def step(tokens: Tensor) -> Tensor:
+            return self.gpt2.logits(self.hidden(tokens, cross_kv, cache=cache)[:, -1])
 
-        select = cache.select
-        if self.recorded is not None:
-            rows = B * max(config.num_beams, config.num_return_sequences)
-            step, select = fast.replay(self, step, cache, cross_kv, groups, rows, length)
-        return decode(step, select, start, config, self.eos_id, generator)
+        return decode(step, cache.select, start, config, self.eos_id, generator)
 
-    def require_tokenizer(self):
+    def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises UserError when there is none, or one of another size than the vocabulary."""
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: put a tokenizer.json into its folder, "
@@ -234,7 +254,7 @@ class VisionGPT(nn.Module):
     # save and load
 
     @classmethod
-    def from_backbones(cls, files, tokenizer, dropout=0.1):
+    def from_backbones(cls, files: dict, tokenizer: Tokenizer, dropout: float = 0.1) -> "VisionGPT":
         """An untrained fusion round the pretrained ViT and GPT-2 in files = {"vit": file, "gpt2": file}."""
         vit, gpt2 = ViT.from_pretrained(files["vit"]), GPT2.from_pretrained(files["gpt2"])
         config = VisionGPTConfig(vit.config, gpt2.config, ResamplerConfig(dropout=dropout))
@@ -243,15 +263,15 @@ class VisionGPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, folder=None, device="auto", dtype=None, weights=None):
+    def from_pretrained(cls, folder=None, device="auto", dtype: torch.dtype | None = None,
+                        weights=None) -> "VisionGPT":
         """A checkpoint folder, by default the one that sample.py would choose -> the model in eval mode.
 
         `dtype` None is float32 on the CPU and the stored one on a GPU; `weights` is a further folder to look
         for frozen backbones in. Raises UserError when something is missing, damaged, or not what the fusion
         was trained with.
         """
-        folder = Path(folder or checkpoint.find_checkpoint())
-        device = pick_device(device)
+        folder, device = Path(folder or checkpoint.find_checkpoint()), pick_device(device)
         config = checkpoint.read_config(folder)
         model = checkpoint.build(cls, VisionGPTConfig, config.get("model"), folder)
         if (folder / "tokenizer.json").exists():
@@ -269,7 +289,8 @@ class VisionGPT(nn.Module):
             dtype = torch.float32 if device.type == "cpu" else model.resampler.latents.dtype
         return model.to(device=device, dtype=dtype).eval()
 
-    def save_pretrained(self, folder, dtype=None, backbones=None, training=None):
+    def save_pretrained(self, folder, dtype: torch.dtype | None = None, backbones: dict | None = None,
+                        training: dict | None = None) -> None:
         """Write a checkpoint folder: everything, or, given where the frozen backbones lie, the fusion alone.
 
         `dtype` casts what is written (None: as it is); `backbones` is {"vit": file, "gpt2": file};
@@ -284,48 +305,71 @@ class VisionGPT(nn.Module):
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         backbones = {name: checkpoint.describe(file, folder) for name, file in backbones.items()}
-        config = {"format_version": checkpoint.FORMAT_VERSION, "model": asdict(self.config),
-                  "training": training, "backbones": backbones}
-        with atomic(folder / "config.json") as temporary:
-            Path(temporary).write_text(json.dumps(config, indent=1) + "\n")
+        checkpoint.write_config(folder, asdict(self.config), training, backbones)
 
 
-def head_loss(x, weight, targets, label_smoothing=0.0):
-    """Summed cross-entropy of hidden states (M, C) against targets (M,), with a trainable head (V, C)."""
-    logits = F.linear(x, weight).float()
-    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
+    """What each new parameter starts as. LayerNorm weights keep their ones.
+
+    A standard deviation of fan_in**-0.5 and not GPT-2's 0.02, which leaves models narrower than its 768 next
+    to silent for a long time.
+    """
+    table = {                                        # end of the name: standard deviation, the first that fits
+        "vit.cls_token": config.vit.n_embd**-0.5,
+        "vit.pos_embed": 3.0,                        # louder than contents: where things are is learned first
+        "resampler.latents": 0.02,
+        "wpe.weight": config.gpt2.n_embd**-0.5,      # an embedding's fan-in is its width
+        "wte.weight": config.gpt2.n_embd**-0.5,
+        "c_proj.weight": (2 * config.gpt2.n_layer * config.gpt2.n_embd) ** -0.5,    # deeper models start smaller
+        "out.weight": 0.0,                           # untrained, cross-attention changes nothing: exactly GPT-2
+    }
+    for name, p in named.items():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif name.endswith(tuple(table)):
+            nn.init.normal_(p, std=next(std for end, std in table.items() if name.endswith(end)))
+        elif p.ndim > 1:
+            fan_in = p[0].numel() * (1 if name.startswith(FROZEN) else 3)      # the fusion's: PyTorch's variance
+            nn.init.normal_(p, std=fan_in**-0.5)
 
 
-class HeadLoss(torch.autograd.Function):
-    """`head_loss` with a frozen head: the gradient to x is formed chunk by chunk in the forward pass.
+def load_or_none(source, errors: str):
+    """A path, open file or PIL image -> a PIL image, or None where errors is "skip" and it cannot be read."""
+    try:
+        return load_image(source)
+    except UserError:
+        if errors == "skip":
+            return None
+        raise
 
-    No more than a chunk of logits ever exists. d loss / d logits = softmax(logits) - target distribution.
+
+def head_loss(x: Tensor, head, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Summed cross-entropy of hidden states (M, C) against targets (M,); `head` gives their logits (M, V)."""
+    return F.cross_entropy(head(x).float(), targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """`head_loss` with a frozen head: the gradient to x is formed in the forward pass, chunk by chunk.
+
+    No more than a chunk of logits ever exists.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, label_smoothing, linear):
-        total, V = x.new_zeros((), dtype=torch.float32), len(weight)
-        grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        chunk = CHUNK if x.is_cuda else CHUNK // 8                          # of a CPU's cache
-        buffer = x.new_empty(chunk, V, dtype=torch.float32)                     # new memory is slow on a CPU
-        for i in range(0, len(x), chunk):
+    def forward(ctx, x, head, targets, label_smoothing):
+        total, grad = x.new_zeros((), dtype=torch.float32), torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        chunk = CHUNK if x.is_cuda else CHUNK // 8                                # of a CPU's cache
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
             with torch.enable_grad():
-                part = x[i : i + chunk].detach().requires_grad_(grad is not None)
-                out = linear(part, weight)                                                 # (chunk, V)
-            target, logits = targets[i : i + chunk, None], out.detach()
-            p = buffer[: len(logits)].copy_(logits)
-            p.sub_(p.amax(-1, keepdim=True))
-            picked, mean = p.gather(1, target), p.mean(-1, keepdim=True)
-            norm = p.exp_().sum(-1, keepdim=True)
-            total += (norm.log() - (1 - label_smoothing) * picked - label_smoothing * mean).sum()
+                hidden = x[part].detach().requires_grad_(grad is not None)
+                loss = head_loss(hidden, head, targets[part], label_smoothing)
+            total += loss.detach()
             if grad is not None:
-                p.div_(norm).sub_(label_smoothing / V)                                     # softmax - target
-                p.scatter_add_(1, target, torch.full_like(norm, label_smoothing - 1))
-                grad[i : i + chunk] = torch.autograd.grad(out, part, logits.copy_(p))[0]
+                (grad[part],) = torch.autograd.grad(loss, hidden)
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None, None
+        return grad * upstream.to(grad.dtype), None, None, None

@@ -1,14 +1,13 @@
 """What is trained: a Perceiver Resampler and cross-attention (Flamingo, https://arxiv.org/abs/2204.14198).
 
-Letters: B batch, N patches, L latents, C width, H heads, D head width; R caption rows, T text positions,
-G rows an image.
+Letters: B images, N patches, L latents, C width, H heads, D head width; T text positions, G rows an image.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lib.cli import UserError
 
@@ -30,8 +29,16 @@ class ResamplerConfig:
                 raise UserError(f"resampler: {name} is {getattr(self, name)}, but must be at least 1")
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """q (B, H, T, D), k and v (B, H, N, D) -> (B, T, H * D), and the attention weights (B, H, T, N) or None."""
+    if not return_weights:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), None
+    weights = (q.float() @ k.float().mT / q.shape[-1] ** 0.5).softmax(-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2), weights
+
+
 class ResamplerLayer(nn.Module):
-    def __init__(self, config, width):
+    def __init__(self, config: ResamplerConfig, width: int):
         super().__init__()
         self.n_head = config.n_head
         inner = config.n_head * config.head_width
@@ -45,41 +52,38 @@ class ResamplerLayer(nn.Module):
         self.fc2 = nn.Linear(config.n_mlp, width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def attention_inputs(self, latents, patches):
-        """Queries (B, H, L, D) of the latents, keys and values (B, H, N, D) of the patches."""
+    def forward(self, latents: Tensor, patches: Tensor, return_weights: bool = False):
+        """Latents (B, L, C) look at patches (B, N, C) -> (B, L, C), and the weights (B, H, L, N) or None."""
         (B, L, _), N = latents.shape, patches.shape[1]
         q = self.q(self.norm_latents(latents)).view(B, L, self.n_head, -1).transpose(1, 2)   # (B, H, L, D)
         k, v = self.kv(self.norm_patches(patches)).view(B, N, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def forward(self, latents, patches):
-        q, k, v = self.attention_inputs(latents, patches)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)            # (B, L, H * D)
+        seen, weights = attend(q, k, v, return_weights)
         latents = latents + self.dropout(self.proj(seen))
-        return latents + self.dropout(self.fc2(F.gelu(self.fc1(self.norm_mlp(latents)))))
+        return latents + self.dropout(self.fc2(F.gelu(self.fc1(self.norm_mlp(latents))))), weights
 
 
 class PerceiverResampler(nn.Module):
     """Patch tokens (B, N, C_vit) to visual tokens (B, L, C): learned latents look at the patches, twice."""
 
-    def __init__(self, config, width_in, width):
+    def __init__(self, config: ResamplerConfig, width_in: int, width: int):
         super().__init__()
         self.project = nn.Linear(width_in, width) if width_in != width else nn.Identity()
-        self.latents = nn.Parameter(torch.randn(config.n_latent, width) * 0.02)
+        self.latents = nn.Parameter(torch.zeros(config.n_latent, width))
         self.layers = nn.ModuleList(ResamplerLayer(config, width) for _ in range(config.n_layer))
 
-    def forward(self, patches):
+    def forward(self, patches: Tensor, return_weights: bool = False):
+        """With `return_weights` also what the last layer's latents looked at, (B, H, L, N)."""
         patches = self.project(patches)
         latents = self.latents.expand(len(patches), -1, -1)                                  # (B, L, C)
         for layer in self.layers:
-            latents = layer(latents, patches)
-        return latents
+            latents, weights = layer(latents, patches, return_weights)
+        return (latents, weights) if return_weights else latents
 
 
 class CrossAttention(nn.Module):
-    """Text looks at the visual tokens: x + out(attention(LN(x), visual)); `out` is zero at the start."""
+    """Text looks at the visual tokens: x + out(attention(LN(x), visual)); `out` starts at zero."""
 
-    def __init__(self, width, n_head, dropout):
+    def __init__(self, width: int, n_head: int, dropout: float):
         super().__init__()
         self.n_head = n_head
         self.ln = nn.LayerNorm(width, eps=EPS)
@@ -87,64 +91,15 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
 
-    def cross_kv(self, visual):
-        """Visual tokens (B, L, C) -> k, v (B, H, L, D): once an image, for all its captions and words."""
+    def cross_kv(self, visual: Tensor) -> Tensor:
+        """Visual tokens (B, L, C) -> k and v (2, B, H, L, D): once an image, for all its captions and words."""
         B, L, _ = visual.shape
         return self.kv(visual).view(B, L, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
 
-    def queries(self, x):
-        """Text (R, T, C) -> q (R, T, C)."""
-        return self.q(self.ln(x))
-
-    def forward(self, x, cross_kv, groups, ragged=None):
-        """Text (R, T, C), or (M, C) if ragged, and one block's `cross_kv` -> the same shape."""
+    def forward(self, x: Tensor, cross_kv: Tensor, return_weights: bool = False):
+        """Text (B * G, T, C), G rows an image -> the same shape, and the weights (B, H, G * T, L) or None."""
         k, v = cross_kv
-        q = self.queries(x)
-        q = q if ragged is None else ragged.pad(q)
-        R, T, C = q.shape
-        q = groups.gather(q)                                                         # (B, G * T, C)
-        q = q.view(len(k), -1, self.n_head, C // self.n_head).transpose(1, 2)        # (B, H, G * T, D)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # (B, G * T, C)
-        seen = groups.scatter(seen, T)
-        return x + self.dropout(self.out(seen if ragged is None else ragged.unpad(seen)))
-
-
-class Groups:
-    """Which caption rows look at which image: an image's rows become queries of one attention, not copies.
-
-    `image` (R,) names each row's image, 0 to n_image - 1. Where the rows lie image after image and equally
-    many to each, as in decoding (`image` None), gather and scatter are free reshapes.
-    """
-
-    def __init__(self, n_image, image=None):
-        self.n_image, self.regular = n_image, True
-        if image is None:
-            return
-        image = torch.as_tensor(image, device="cpu")
-        if len(image) == 0 or image.min() < 0 or image.max() >= n_image:
-            raise UserError(f"image must name one of the {n_image} images for each caption row")
-        count = torch.bincount(image, minlength=n_image)
-        self.regular = bool((count == count[0]).all() and (image.diff() >= 0).all())
-        if self.regular:
-            return
-        G = int(count.max())
-        order = torch.argsort(image, stable=True)
-        slot = torch.empty_like(image)                            # the row's place among its image's rows
-        slot[order] = torch.arange(len(image)) - (count.cumsum(0) - count)[image[order]]
-        self.row_of = torch.zeros(n_image * G, dtype=torch.long)  # empty places compute row 0, never read
-        self.place_of = image * G + slot
-        self.row_of[self.place_of] = torch.arange(len(image))
-
-    def gather(self, q):
-        """(R, T, C) -> (B, G * T, C), an image's rows one after the other."""
-        if not self.regular:
-            q = q[self.row_of.to(q.device)]
-        return q.reshape(self.n_image, -1, q.shape[-1])
-
-    def scatter(self, seen, T):
-        """(B, G * T, C) -> (R, T, C), the inverse."""
-        seen = seen.reshape(-1, T, seen.shape[-1])
-        return seen if self.regular else seen[self.place_of.to(seen.device)]
+        q = self.q(self.ln(x)).view(len(k), -1, self.n_head, k.shape[-1]).transpose(1, 2)    # (B, H, G * T, D)
+        seen, weights = attend(q, k, v, return_weights)                                      # (B, G * T, C)
+        return x + self.dropout(self.out(seen.reshape(x.shape))), weights

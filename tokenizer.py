@@ -123,16 +123,25 @@ class Tokenizer:
         return cls("bpe", ranks)
 
 
-def pad_captions(rows, eos_id):
-    """Lists of tokens -> tokens (R, T) after a start token, and targets (R, T), -100 after the end token."""
-    T = 1 + max(map(len, rows), default=0)
-    tokens = np.full((len(rows), T), eos_id, dtype=np.int64)
-    targets = np.full((len(rows), T), -100, dtype=np.int64)
-    for r, row in enumerate(rows):
-        n = len(row)
-        tokens[r, 1 : 1 + n] = targets[r, :n] = row
-        targets[r, n] = eos_id
-    return torch.from_numpy(tokens), torch.from_numpy(targets)
+def pack_captions(captions_of: list[list], eos_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The captions of each image, lists of tokens, one after another in its row -> (B, T) each of
+
+    tokens, each caption after a start token; targets, the next token of each, -100 where there is none;
+    positions, from 0 in each caption. Padding looks like captions of a start token alone.
+    """
+    T = max((sum(len(caption) + 1 for caption in captions) for captions in captions_of), default=1)
+    tokens = np.full((len(captions_of), T), eos_id, dtype=np.int64)
+    targets = np.full((len(captions_of), T), -100, dtype=np.int64)
+    positions = np.zeros((len(captions_of), T), dtype=np.int64)
+    for row, captions in enumerate(captions_of):
+        start = 0
+        for caption in captions:
+            end = start + len(caption)
+            tokens[row, start + 1 : end + 1] = targets[row, start:end] = caption
+            targets[row, end] = eos_id
+            positions[row, start : end + 1] = np.arange(len(caption) + 1)
+            start = end + 1
+    return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(positions)
 
 
 def _read_ranks(file):

@@ -1,6 +1,6 @@
-"""ViT: a picture in, tokens out (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929).
+"""ViT: images to tokens (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929).
 
-Letters: B batch, N patches, C width, H heads, D head width, S image side. Knows nothing of captions.
+Letters: B batch, N patches, C width, H heads, D head width, S image side.
 """
 
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from lib import checkpoint
+from lib.checkpoint import load_module
 from lib.cli import UserError
 
 ACTIVATIONS = {
@@ -22,7 +22,7 @@ ACTIVATIONS = {
 
 @dataclass
 class ViTConfig:
-    """ViT-B/16 as torchvision trained it, with all that belongs to the weights: eps, norms, mean, std ..."""
+    """ViT-B/16 as torchvision trained it, with everything that belongs to the weights: eps, norms, mean, std."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -35,12 +35,11 @@ class ViTConfig:
     activation: str = "gelu"
     pre_norm: bool = False             # CLIP: LayerNorm after the positions are added
     final_norm: bool = True            # CLIP: patch tokens are taken before its last LayerNorm
-    mean: tuple = (0.485, 0.456, 0.406)
-    std: tuple = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     transform: dict = field(default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
     # the weights' own evaluation: short side and centre crop, or dict(squash=224, filter=...)
     dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
-    patch_dropout: float = 0.0         # share of the patches that a training step leaves out, also then
 
     def __post_init__(self):
         self.mean, self.std = tuple(self.mean), tuple(self.std)
@@ -52,18 +51,18 @@ class ViTConfig:
             raise UserError(f"unknown ViT activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
 
     @property
-    def n_patch(self):
+    def n_patch(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ViTConfig):
         super().__init__()
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # 3 x (B, H, N, D)
         x = F.scaled_dot_product_attention(q, k, v)
@@ -71,18 +70,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ViTConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.n_embd, config.n_mlp)
         self.activation = ACTIVATIONS[config.activation]()
         self.fc2 = nn.Linear(config.n_mlp, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ViTConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.n_embd, eps=config.eps)
         self.attn = Attention(config)
@@ -90,7 +89,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x)))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -98,7 +97,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Normalised images (B, 3, S, S) to tokens (B, 1 + N, C): class token, then the patches row by row."""
 
-    def __init__(self, config=None):
+    def __init__(self, config: ViTConfig | None = None):
         super().__init__()
         self.config = config = config or ViTConfig()
         C, P = config.n_embd, config.patch_size
@@ -109,45 +108,25 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(C, eps=config.eps) if config.final_norm else nn.Identity()
         self.head = nn.Linear(C, config.n_class) if config.n_class else None
-        self.apply(self._init)
-        nn.init.normal_(self.cls_token, std=C**-0.5)
-        # positions start louder than contents: what is learned from scratch must first tell where things are
-        nn.init.normal_(self.pos_embed, std=3.0)
 
-    def _init(self, module):
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=fan_in**-0.5)
-            nn.init.zeros_(module.bias)
-
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         S = self.config.image_size
         if images.shape[1:] != (3, S, S):
-            raise UserError(f"images are {tuple(images.shape)}, but this ViT takes (B, 3, {S}, {S}): "
-                            "use preprocess()")
+            raise UserError(f"images are {tuple(images.shape)}, but this ViT takes (B, 3, {S}, {S})")
         x = self.patch_embed(images).flatten(2).transpose(1, 2)       # (B, N, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        if self.training and self.config.patch_dropout:
-            x = drop_patches(x, self.config.patch_dropout)
         x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def classify(self, images):
+    def classify(self, images: Tensor) -> Tensor:
         """Class logits (B, classes). Raises UserError when the weights came without a head."""
         if self.head is None:
             raise UserError("these ViT weights have no classification head")
         return self.head(self.forward(images)[:, 0])
 
     @classmethod
-    def from_pretrained(cls, file):
-        """The ViT in a file of convert_weights.py. Raises UserError if missing, damaged or no ViT."""
-        return checkpoint.load_module(cls, ViTConfig, file)
-
-
-def drop_patches(x, share):
-    """Leave that share of the patches out of (B, 1 + N, C), others for each image (arXiv:2208.07220)."""
-    B, N, C = x.shape[0], x.shape[1] - 1, x.shape[2]
-    kept = torch.rand(B, N, device=x.device).argsort(1)[:, : max(1, round(N * (1 - share)))]
-    return torch.cat([x[:, :1], x[:, 1:].gather(1, kept[:, :, None].expand(-1, -1, C))], dim=1)
+    def from_pretrained(cls, file) -> "ViT":
+        """The ViT in a file of convert_weights.py. Raises UserError if missing, damaged or not a ViT."""
+        return load_module(cls, ViTConfig, file)

@@ -176,3 +176,10 @@ def describe(file, folder):
     """What config.json says of a frozen backbone: file name, path relative to the checkpoint, hash."""
     return {"file": Path(file).name, "path": os.path.relpath(file, folder),
             "sha256": read_metadata(file).get("sha256")}
+
+
+def write_config(folder, model: dict, training: dict | None, backbones: dict) -> None:
+    """Write config.json of a checkpoint folder."""
+    config = {"format_version": FORMAT_VERSION, "model": model, "training": training, "backbones": backbones}
+    with atomic(Path(folder) / "config.json") as temporary:
+        Path(temporary).write_text(json.dumps(config, indent=1) + "\n")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import time
@@ -18,15 +19,28 @@ class UserError(ValueError):
 # flags
 
 
-def flag(default, help, choices=None, metavar=None, positional=False, const=None):
+def flag(default, help, choices=None, metavar=None, positional=False, const=None, min=None, max=None):
     """A dataclass field that is also a command-line flag.
 
     A callable default (list, dict) is called for each instance. With `const` the flag may come without a
-    value, and then means `const`.
+    value, and then means `const`. `check_ranges` holds the value between `min` and `max`.
     """
-    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional, const=const)
+    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional, const=const,
+                    min=min, max=max)
     kind = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**kind, metadata=metadata)
+
+
+def check_ranges(config) -> None:
+    """Raise UserError for a field of a dataclass that is outside the min and max of its metadata."""
+    for field in dataclasses.fields(config):
+        value, low, high = getattr(config, field.name), field.metadata.get("min"), field.metadata.get("max")
+        if value is None or (low is None and high is None):
+            continue
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if not low <= value <= high:                                 # NaN is refused too
+            limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise UserError(f"{field.name} is {value}, but must be {limits}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,12 +18,13 @@ from data import (
     CaptionSet,
     ImageInputs,
     augment,
-    batches,
     cached_features,
     clean_caption,
     collate,
+    epoch_batches,
     load_ahead,
     read_pixels,
+    to_device,
     write_images,
     write_set,
 )
@@ -76,11 +77,10 @@ def test_set_makes_the_round_trip(prepared):
     assert sorted(data.captions) == sorted(text for own in texts.values() for text in own)
     assert [data.references(i) for i in range(14)] == [texts[i] for i in range(14)]
     chosen = np.array([7, 2, 3, 4])
-    rows, image = data.rows(chosen)
-    wanted = [(clean_caption(t), place) for place, i in enumerate(chosen) for t in texts[i]]
-    assert [(data.tokenizer.decode(row.tolist()), place) for row, place in zip(rows, image)] == wanted
-    lengths = [max(len(data.tokenizer.encode(clean_caption(t))) for t in texts[i]) for i in (7, 2, 4)]
-    assert data.longest(chosen[[0, 1, 3]]).tolist() == lengths
+    decoded = [[data.tokenizer.decode(row.tolist()) for row in own] for own in data.caption_tokens(chosen)]
+    assert decoded == [[clean_caption(t) for t in texts[i]] for i in chosen]
+    lengths = [sum(1 + len(data.tokenizer.encode(clean_caption(t))) for t in texts[i]) for i in (7, 2, 4)]
+    assert data.row_lengths(chosen[[0, 1, 3]]).tolist() == lengths
 
 
 def test_split_leaves_out_images_without_captions(prepared):
@@ -100,7 +100,7 @@ def test_another_tokenizer_encodes_the_captions_anew(clean, tmp_path):
     assert data.tokenizer is other and other.ranks != Tokenizer.load(tmp_path).ranks
     for image in range(14):
         wanted = [other.encode(clean_caption(t) if clean else t) for t in texts[image]]
-        assert [row.tolist() for row in data.rows([image])[0]] == wanted
+        assert [row.tolist() for row in data.caption_tokens([image])[0]] == wanted
     own = CaptionSet(str(tmp_path), Tokenizer.load(tmp_path))            # equal ranks: the stored tokens
     assert np.array_equal(own.tokens, np.fromfile(tmp_path / "tokens.bin", np.uint16))
     assert own.tokenizer.decode(own.tokens[: own.offset[1]].tolist()) == (
@@ -143,7 +143,7 @@ def test_missing_set_names_the_commands(tmp_path):
 
 def lengths_alone(count):
     lengths = np.random.default_rng(0).integers(5, 40, count)
-    return lengths, SimpleNamespace(longest=lambda images: lengths[images])
+    return lengths, SimpleNamespace(row_lengths=lambda images: lengths[images])
 
 
 def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone():
@@ -151,19 +151,19 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone():
     images, orders = np.arange(100, 500), {}
     for seed in (1, 2):
         for epoch in (0, 1):
-            parts = batches(data, images, 3, seed, epoch)
+            parts = epoch_batches(data, images, 3, seed, epoch)
             assert sorted(map(len, parts)) == [1] + [3] * 133
             assert sorted(np.concatenate(parts)) == images.tolist()
             orders[seed, epoch] = [part.tolist() for part in parts]
-            batches(data, images, 3, 5, 5)                                     # nothing is carried on
-            assert [part.tolist() for part in batches(data, images, 3, seed, epoch)] == orders[seed, epoch]
+            epoch_batches(data, images, 3, 5, 5)                                     # nothing is carried on
+            assert [part.tolist() for part in epoch_batches(data, images, 3, seed, epoch)] == orders[seed, epoch]
     pairs = {frozenset(part) for order in orders.values() for part in order}
     assert len(pairs) > 4 * 130                                                # the company changes too
 
 
 def test_batches_pad_little_and_come_in_no_order_of_length():
     lengths, data = lengths_alone(2000)
-    parts = batches(data, np.arange(2000), 16, 0, 0)
+    parts = epoch_batches(data, np.arange(2000), 16, 0, 0)
     padded = sum(len(part) * lengths[part].max() for part in parts)
     assert padded < 1.05 * lengths.sum()
     shuffled = np.array_split(np.random.default_rng(1).permutation(2000), 125)
@@ -172,31 +172,38 @@ def test_batches_pad_little_and_come_in_no_order_of_length():
     assert abs(np.corrcoef(tops[1:], tops[:-1])[0, 1]) < 0.3
 
 
-def test_collate_shares_images_and_pads_by_length(prepared):
+def test_collate_packs_the_captions_of_an_image_into_a_row(prepared):
     folder, _, texts = prepared
     data, images = CaptionSet(folder), np.array([6, 1, 4])
-    batch = collate(data, images, lambda images, rng: {"images": images})
-    end, rows = data.tokenizer.eos_id, [(p, t) for p, i in enumerate(images) for t in texts[i]]
-    assert batch["image"].tolist() == [place for place, _ in rows] and batch["seen"]["images"] is images
-    assert batch["tokens"].shape == batch["targets"].shape == (len(rows), 1 + data.longest(images).max())
-    for tokens, targets, (_, text) in zip(batch["tokens"].tolist(), batch["targets"].tolist(), rows):
-        ids = data.tokenizer.encode(clean_caption(text))
-        padding = len(tokens) - len(ids) - 1
-        assert tokens == [end, *ids] + [end] * padding and targets == [*ids, end] + [-100] * padding
-    assert batch["count"] == sum(1 + len(data.tokenizer.encode(clean_caption(t))) for _, t in rows)
+    batch = collate(data, images, lambda images, rng: {"pixels": images})
+    end, lengths = data.tokenizer.eos_id, data.row_lengths(images)
+    assert batch["pixels"] is images
+    assert batch["tokens"].shape == batch["targets"].shape == batch["positions"].shape == (3, lengths.max())
+    for image, length, *row in zip(images, lengths, batch["tokens"], batch["targets"], batch["positions"]):
+        captions = [data.tokenizer.encode(clean_caption(text)) for text in texts[image]]
+        tokens, targets, positions = (part.tolist() for part in row)
+        assert tokens[:length] == [t for ids in captions for t in [end, *ids]]
+        assert targets[:length] == [t for ids in captions for t in [*ids, end]]
+        assert positions[:length] == [t for ids in captions for t in range(len(ids) + 1)]
+        padding = len(tokens) - length
+        assert (tokens[length:], targets[length:], positions[length:]) == (
+            [end] * padding, [-100] * padding, [0] * padding)
+    assert batch["count"] == lengths.sum() and batch["captions"] == sum(len(texts[i]) for i in images)
 
 
 def test_collate_draws_so_many_captions_of_each_image(prepared):
     data = CaptionSet(prepared[0])
     images = np.array([4, 9, 1])
-    every = [set(map(tuple, data.rows([image])[0])) for image in images]
+    every = [set(map(tuple, own)) for own in data.caption_tokens(images)]
     drawn = set()
     for seed in range(50):
-        rows, place = data.rows(images, 1, np.random.default_rng(seed))
-        assert place == [0, 1, 2] and all(tuple(row) in own for row, own in zip(rows, every))
-        drawn.add(tuple(rows[0]))
+        rows = data.caption_tokens(images, 1, np.random.default_rng(seed))
+        assert [len(own) for own in rows] == [1, 1, 1]
+        assert all(tuple(own[0]) in all_of_it for own, all_of_it in zip(rows, every))
+        drawn.add(tuple(rows[0][0]))
     assert drawn == every[0] and len(drawn) > 1
-    assert len(data.rows(images, 100, np.random.default_rng(0))[0]) == len(data.rows(images)[0])
+    assert [len(own) for own in data.caption_tokens(images, 100, np.random.default_rng(0))] == \
+        [len(own) for own in data.caption_tokens(images)]
 
 
 def test_load_ahead_keeps_order_and_passes_errors_on():
@@ -249,24 +256,28 @@ def test_read_pixels_gives_what_a_captioner_sees(prepared, tmp_path):
     assert torch.equal(normalize(small, config)[:1], preprocess([tmp_path / "4.png"], config))
 
 
-def eyes_of(data, model, **changes):
+def inputs_of(data, model, **changes):
     cfg = SimpleNamespace(**{"blind": False, "augment": False, "train": "fusion", **changes})
     return ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
 
 
-def test_eyes_see_pixels_crops_features_or_nothing(prepared):
+def test_inputs_are_pixels_crops_features_or_nothing(prepared):
     data, model, images = CaptionSet(prepared[0]), tiny_model(), np.array([5, 0, 13])
     plain = normalize(read_pixels(data, images, 16), model.config.vit)
-    assert torch.equal(eyes_of(data, model, train="all")(images, np.random.default_rng(0))["images"], plain)
-    blind = eyes_of(data, model, blind=True)(images)["images"]
+
+    def seen(inputs, *args):
+        return to_device(inputs(images, *args), torch.device("cpu"), model.config.vit)["images"]
+
+    assert torch.equal(seen(inputs_of(data, model, train="all"), np.random.default_rng(0)), plain)
+    blind = seen(inputs_of(data, model, blind=True))
     assert blind.shape == plain.shape and not blind.any()
-    crops = eyes_of(data, model, augment=True)
-    assert torch.equal(crops(images)["images"], plain)                          # in validation
-    one, again = (crops(images, np.random.default_rng(1))["images"] for _ in range(2))
+    crops = inputs_of(data, model, augment=True)
+    assert torch.equal(seen(crops), plain)                                      # in validation
+    one, again = (seen(crops, np.random.default_rng(1)) for _ in range(2))
     assert torch.equal(one, again) and one.shape == plain.shape and not torch.allclose(one, plain, atol=0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        features = eyes_of(data, model)(images)["features"]
+        features = inputs_of(data, model)(images)["features"]
     assert features.dtype == torch.float16
     with torch.no_grad():
         assert torch.allclose(features.float(), model.vit(plain)[:, 1:], rtol=1e-3, atol=1e-4)
@@ -277,11 +288,12 @@ def test_features_and_pixels_give_the_same_loss(prepared):
     model, images = tiny_model(tokenizer=data.tokenizer, std=1.0), data.split("train")
     losses = []
     for choice in ("fusion", "all"):
-        batch = collate(data, images, eyes_of(data, model, train=choice))
-        assert ("features" in batch["seen"]) == (choice == "fusion")
-        for image in (batch["image"], batch["image"].flip(0)):
-            visual = model.encode(**batch["seen"])
-            losses.append(model.loss(batch["tokens"], visual, batch["targets"], image).item())
+        batch = collate(data, images, inputs_of(data, model, train=choice))
+        assert ("features" in batch) == (choice == "fusion")
+        batch = to_device(batch, torch.device("cpu"), model.config.vit)
+        visual = model.encode(images=batch.get("images"), features=batch.get("features"))
+        for seen in (visual, visual.flip(0)):
+            losses.append(model.loss(batch["tokens"], seen, batch["targets"], batch["positions"]).item())
     assert losses[:2] == pytest.approx(losses[2:], rel=3e-5)
     assert abs(losses[2] / losses[3] - 1) > 1e-4                               # who sees what matters more
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpt2 import GPT2, GPT2Config, KVCache
+from gpt2 import GPT2, GPT2Config, KVCache, packed_mask
 from lib.cli import UserError
 
 TINY = dict(vocab_size=61, n_positions=24, n_layer=3, n_head=4, n_embd=32)
@@ -66,6 +66,25 @@ def test_cache_gives_the_logits_of_the_whole_text():
         text = torch.cat([text[rows], torch.randint(61, (5, 1))], dim=1)
         assert torch.allclose(gpt2(text[:, -1:], cache)[:, 0], gpt2(text)[:, -1], atol=1e-5), step
     assert cache.length == text.shape[1] == 24
+
+
+@torch.no_grad()
+def test_several_tokens_after_a_cache_are_causal():
+    gpt2, text = random_gpt2(), torch.randint(61, (2, 9))
+    cache = KVCache(gpt2.config, 2, 24)
+    logits = torch.cat([gpt2(part, cache) for part in text.split([3, 4, 2], dim=1)], dim=1)
+    assert torch.allclose(logits, gpt2(text), atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_texts_equal_each_alone():
+    gpt2, texts = random_gpt2(), [torch.randint(61, (n,)) for n in (5, 1, 7)]
+    positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    x = gpt2.embed(torch.cat(texts)[None], positions)
+    for block in gpt2.h:
+        x = block(x, packed_mask(positions))
+    alone = torch.cat([gpt2(text[None])[0] for text in texts])
+    assert torch.allclose(gpt2.logits(x)[0], alone, atol=1e-5)
 
 
 def test_gpt2_refuses_more_tokens_than_positions():

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import model as model_module
-from gpt2 import GPT2Config, Ragged
+from gpt2 import GPT2Config
 from lib.cli import UserError
 from model import VisionGPT, VisionGPTConfig
-from resampler import Groups, ResamplerConfig
-from tokenizer import Tokenizer, pad_captions
+from resampler import ResamplerConfig
+from tokenizer import Tokenizer, pack_captions
 from vit import ViTConfig
 
 TEXTS = ["a dog runs on the grass", "a dog sleeps on the red sofa", "two dogs run", "it's a cat."] * 2
@@ -40,9 +40,9 @@ def captioner(**config):
 
 
 def batch(rows=(4, 1, 7, 0, 3), vocab_size=40):
-    """Captions of these lengths, padded: tokens and targets (R, T)."""
-    captions = [torch.randint(vocab_size - 1, (length,)).tolist() for length in rows]
-    return pad_captions(captions, vocab_size - 1)
+    """Captions of these lengths, one a row, padded: tokens and targets (R, T)."""
+    captions = [[torch.randint(vocab_size - 1, (length,)).tolist()] for length in rows]
+    return pack_captions(captions, vocab_size - 1)[:2]
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def test_cross_attention_runs_before_its_blocks():
     for layer, block in enumerate(model.gpt2.h):
         if layer in (1, 2, 3):
             cross = model.xattn[str(layer)]
-            x = cross(x, cross.cross_kv(visual), Groups(5))
+            x, _ = cross(x, cross.cross_kv(visual))
         x = block(x)
     assert torch.allclose(model(tokens, visual)[0], model.gpt2.logits(x), atol=1e-5)
 
@@ -111,21 +111,23 @@ def gradients(model, loss):
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("image", [None, [0, 0, 1, 1, 2], [2, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
-def test_loss_and_gradients_equal_those_of_forwards_logits(frozen, smoothing, image, monkeypatch):
-    """And the same for rows that share an image as for copies of it."""
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 3, 5), (5, 5)])
+def test_packed_loss_and_gradients_equal_the_plain_forward_pass(frozen, smoothing, counts, monkeypatch):
+    """Images with so many captions each, packed; against a row a caption, its image copied, full logits."""
     monkeypatch.setattr(model_module, "CHUNK", 32)
     model = tiny_model(std=0.2).freeze(frozen)
-    tokens, targets = batch()
-    images = torch.randn(5 if image is None else 3, 3, 16, 16)
-    lean = model.loss(tokens, visual=model.encode(images), targets=targets, label_smoothing=smoothing,
-                      image=None if image is None else torch.tensor(image))
+    captions = [[torch.randint(39, (int(n),)).tolist() for n in torch.randint(8, (count,))] for count in counts]
+    images = torch.randn(len(counts), 3, 16, 16)
+    tokens, targets, positions = pack_captions(captions, 39)
+    lean = model.loss(tokens, model.encode(images), targets, positions, label_smoothing=smoothing)
     lean_gradients = gradients(model, lean)
-    visual = model.encode(images if image is None else images[image])
-    logits, loss = model(tokens, visual=visual, targets=targets)
+    _, packed = model(tokens, model.encode(images), targets, positions)
+
+    tokens, targets, _ = pack_captions([[caption] for of_image in captions for caption in of_image], 39)
+    copies = images.repeat_interleave(torch.tensor(counts), 0)
+    logits, loss = model(tokens, model.encode(copies), targets)
     full = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
-    assert logits.shape == (5, 8, 40) and abs(lean - full) <= 1e-5 * full
-    assert smoothing or torch.equal(loss, full)
+    assert abs(lean - full) <= 1e-5 * full and abs(packed - loss) <= 1e-5 * loss
     full_gradients = gradients(model, full)
     assert lean_gradients.keys() == full_gradients.keys()
     a, b = (torch.cat([g[name].flatten() for name in full_gradients])
@@ -138,42 +140,48 @@ def test_loss_and_gradients_equal_those_of_forwards_logits(frozen, smoothing, im
 @torch.no_grad()
 def test_a_captions_loss_does_not_depend_on_its_batch():
     model = tiny_model()
-    rows = [[3, 1, 4], [1], [], [5, 9, 2, 6, 5, 3, 5], [39, 39]]         # 39, the end token, is a target too
-    images = torch.randn(3, 3, 16, 16)
-    image = [0, 2, 2, 1, 0]
-    alone = []
-    for row, i in zip(rows, image):
-        tokens, targets = pad_captions([row], 39)
-        assert tokens.tolist() == [[39, *row]] and targets.tolist() == [[*row, 39]]
-        alone.append(model.loss(tokens, model.encode(images[i : i + 1]), targets, reduction="sum"))
-    tokens, targets = pad_captions(rows, 39)
-    together = model.loss(tokens, model.encode(images), targets, image=torch.tensor(image), reduction="sum")
-    assert torch.allclose(together, sum(alone), rtol=1e-5)
-    mean = model.loss(tokens, model.encode(images), targets, image=torch.tensor(image))
-    assert torch.allclose(mean, sum(alone) / sum(len(row) + 1 for row in rows), rtol=1e-5)
-    assert (targets != -100).sum() == 18
+    captions = [[[3, 1, 4], []], [[5, 9, 2, 6, 5, 3, 5]], [[1], [39, 39]]]     # 39, the end token, is a target too
+    images, alone = torch.randn(3, 3, 16, 16), []
+    for image, of_image in zip(images, captions):
+        for caption in of_image:
+            tokens, targets, _ = pack_captions([[caption]], 39)
+            assert tokens.tolist() == [[39, *caption]] and targets.tolist() == [[*caption, 39]]
+            alone.append(model.loss(tokens, model.encode(image[None]), targets, reduction="sum"))
+    batch = pack_captions(captions, 39)
+    visual, (tokens, targets, positions) = model.encode(images), batch
+    together = model.loss(tokens, visual, targets, positions, reduction="sum")
+    assert torch.allclose(together, sum(alone), rtol=1e-5) and (targets != -100).sum() == 18
+    assert torch.allclose(model.loss(tokens, visual, targets, positions), sum(alone) / 18, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_padding_is_not_computed_but_words_that_are_no_targets_are(monkeypatch):
-    monkeypatch.setattr(Ragged, "STEP", 3)
-    model, (tokens, targets) = tiny_model(), batch((4, 1, 7, 0, 3))
-    images, image, rows = torch.randn(2, 3, 16, 16), torch.tensor([0, 1, 1, 0, 0]), []
-    model.gpt2.h[0].mlp.c_fc.register_forward_pre_hook(lambda module, x: rows.append(len(x[0])))
-    for hidden, left in (([], 21), ([(0, 0), (0, 2), (2, 7), (3, 0)], 18)):    # ends alone shorten a row
-        for row, t in hidden:
-            targets[row, t] = -100
-        _, loss = model(tokens, model.encode(images[image]), targets)
-        lean = model.loss(tokens, model.encode(images), targets, image)
-        assert torch.allclose(lean, loss, rtol=1e-5)
-        assert rows[1::2][-1] == left
+@pytest.mark.parametrize("layer", [None, 1, 3])
+def test_attention_maps_are_the_products_of_the_weights(layer):
+    model, images, tokens = tiny_model(), torch.randn(2, 3, 16, 16), batch((3, 3))[0]
+    maps = model.attention_maps(images, tokens, layer)
+    assert maps.shape == (2, 4, 2, 2) and torch.allclose(maps.sum((2, 3)), torch.ones(2, 4))
+    visual, to_patches = model.resampler(model.vit(images)[:, 1:], return_weights=True)
+    hidden, to_latents = model.hidden(tokens, model.cross_kv(visual), return_weights=True)
+    assert torch.allclose(model.gpt2.logits(hidden), model(tokens, model.encode(images))[0], atol=1e-4)
+    blocks = [1, 2, 3] if layer is None else [layer]
+    expected = sum(to_latents[i].mean(1) for i in blocks) / len(blocks) @ to_patches.mean(1)
+    assert torch.allclose(maps.flatten(2), expected, atol=1e-6)
+    with pytest.raises(UserError, match="block 0 has no cross-attention; choose from 1, 2, 3"):
+        model.attention_maps(images, tokens, 0)
 
 
-def test_rows_and_images_that_do_not_pair_are_refused():
-    model, (tokens, targets) = tiny_model(), batch()
-    for image in (None, torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 3, 0])):
-        with pytest.raises(UserError, match="image"):
-            model(tokens, torch.randn(3, 3, 16), targets, image=image)
+def test_new_weights_start_as_the_table_says():
+    model = VisionGPT(tiny_config(2000))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif ".out." in name:
+            assert not p.any(), name
+        elif p.ndim == 1:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:
+            assert p.std() > 0.01, name
+    assert 0.9 < model.gpt2.wte.weight.std() * 4 < 1.1                    # 16**-0.5
 
 
 @torch.no_grad()
@@ -181,7 +189,7 @@ def test_without_images_it_is_plain_gpt2():
     model, (tokens, targets) = tiny_model(), batch()
     logits, loss = model(tokens, targets=targets)
     assert torch.equal(logits, model.gpt2(tokens))
-    assert torch.allclose(model.loss(tokens, targets=targets), loss)
+    assert torch.allclose(model.loss(tokens, None, targets), loss)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,6 +245,19 @@ def test_caption_takes_a_path_or_a_picture_or_a_list_of_them(photos):
     assert model.caption([]) == []
     assert model.caption(photos[0], max_length=9, num_beams=3, num_return_sequences=2) == \
         model.caption(photos[:1], max_length=9, num_beams=3, num_return_sequences=2)
+
+
+def test_a_picture_that_cannot_be_read_can_be_skipped(photos, tmp_path):
+    model, bad = captioner(), tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    texts = model.caption(photos, max_length=6)
+    mixed = [photos[0], bad, bad, *photos[1:], bad]
+    for size in (1, 2, 16):
+        expected = [texts[0], None, None, *texts[1:], None]
+        assert model.caption(mixed, batch_size=size, errors="skip", max_length=6) == expected
+    assert model.caption(bad, errors="skip") is None
+    with pytest.raises(UserError, match="bad.jpg"):
+        model.caption(mixed, max_length=6)
 
 
 def test_captions_hold_the_prompt_and_neither_blanks_round_it_nor_special_tokens(photos):
@@ -307,5 +328,5 @@ def test_unknown_decoding_settings_and_missing_inputs_are_the_users_error():
     model = tiny_model()
     with pytest.raises(UserError, match="did you mean num_beams"):
         model.generate(None, num_beam=3)
-    with pytest.raises(UserError, match="needs targets"):
-        model.loss(torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(UserError, match="5 rows of text .* 3 images"):
+        model(batch()[0], torch.randn(3, 3, 16))

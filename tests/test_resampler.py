@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.cli import UserError
-from resampler import CrossAttention, Groups, PerceiverResampler, ResamplerConfig
+from resampler import CrossAttention, PerceiverResampler, ResamplerConfig
 
 TINY = ResamplerConfig(n_latent=5, n_layer=2, n_head=3, head_width=4, n_mlp=7, dropout=0.5)
 
@@ -63,28 +63,19 @@ def test_resampler_equals_its_formula(width_in):
 def test_cross_attention_equals_its_formula():
     cross = random_weights(CrossAttention(12, 3, 0.5))
     x, visual = torch.randn(2, 4, 12), torch.randn(2, 5, 12)
-    out = cross(x, cross.cross_kv(visual), Groups(2))
+    out, _ = cross(x, cross.cross_kv(visual))
     for row in range(2):
         k, v = cross.kv(visual[row]).chunk(2, dim=-1)
         seen = attention(cross.q(norm(x[row], cross.ln)), k, v, 3)
         assert torch.allclose(out[row], x[row] + cross.out(seen), atol=1e-5)
 
 
-def test_cross_attention_starts_as_the_identity():
-    cross, x = CrossAttention(12, 3, 0.5), torch.randn(2, 4, 12)
-    assert torch.equal(cross(x, cross.cross_kv(torch.randn(2, 5, 12)), Groups(2)), x)
-
-
-@pytest.mark.parametrize("image", [
-    None, [0, 0, 1, 1, 2, 2], [0, 1, 2], [2, 1, 0], [0, 0, 0, 1, 2, 2], [1, 0, 2, 0, 1, 1], [2, 2, 0], [1]])
-def test_rows_that_share_an_image_equal_copies_of_it(image):
-    """In all orders and numbers of captions an image, none included; the gradient to the images too."""
+def test_rows_that_share_an_image_equal_copies_of_it():
+    """Several rows an image, as beams are; the gradient to the images too."""
     cross = random_weights(CrossAttention(12, 3, 0.5))
-    visual = torch.randn(3, 5, 12, requires_grad=True)
-    rows = list(range(3)) if image is None else image
-    x = torch.randn(len(rows), 4, 12)
-    shared = cross(x, cross.cross_kv(visual), Groups(3, None if image is None else torch.tensor(image)))
-    copied = cross(x, cross.cross_kv(visual[rows]), Groups(len(rows)))
+    visual, x = torch.randn(3, 5, 12, requires_grad=True), torch.randn(6, 4, 12)
+    shared, _ = cross(x, cross.cross_kv(visual))
+    copied, _ = cross(x, cross.cross_kv(visual.repeat_interleave(2, 0)))
     assert torch.allclose(shared, copied, atol=1e-5)
     weight = torch.randn_like(shared)
     for_shared, = torch.autograd.grad((shared * weight).sum(), visual)
@@ -92,25 +83,25 @@ def test_rows_that_share_an_image_equal_copies_of_it(image):
     assert torch.allclose(for_shared, for_copied, atol=1e-4)
 
 
-def test_rows_of_an_image_without_a_map_lie_one_after_the_other():
-    """As in decoding: several beams an image."""
-    cross = random_weights(CrossAttention(12, 3, 0.5))
-    x, cross_kv = torch.randn(6, 4, 12), cross.cross_kv(torch.randn(2, 5, 12))
-    named = cross(x, cross_kv, Groups(2, torch.tensor([0, 0, 0, 1, 1, 1])))
-    assert torch.equal(cross(x, cross_kv, Groups(2)), named)
-
-
-@pytest.mark.parametrize("image", [[0, 3], [-1, 0], []])
-def test_groups_refuse_images_that_are_not_there(image):
-    with pytest.raises(UserError, match="one of the 3 images"):
-        Groups(3, torch.tensor(image, dtype=torch.long))
+@torch.no_grad()
+def test_weights_come_from_the_forward_pass_that_trains():
+    """Asking for them changes nothing, and they give the same values again."""
+    cross, x = random_weights(CrossAttention(12, 3, 0.5)), torch.randn(4, 4, 12)
+    k, v = kv = cross.cross_kv(torch.randn(2, 5, 12))
+    out, weights = cross(x, kv, return_weights=True)
+    assert torch.allclose(out, cross(x, kv)[0], atol=1e-5) and weights.shape == (2, 3, 8, 5)
+    assert torch.allclose(out, x + cross.out((weights @ v).transpose(1, 2).reshape(4, 4, 12)), atol=1e-5)
+    resampler, patches = random_weights(PerceiverResampler(TINY, 16, 16)), torch.randn(2, 9, 16)
+    latents, weights = resampler(patches, return_weights=True)
+    assert torch.allclose(latents, resampler(patches), atol=1e-5)
+    assert weights.shape == (2, 3, 5, 9) and torch.allclose(weights.sum(-1), torch.ones(2, 3, 5))
 
 
 def test_fusion_drops_out_in_training_only():
     resampler, patches = random_weights(PerceiverResampler(TINY, 16, 16)), torch.randn(1, 9, 16)
     cross, x = random_weights(CrossAttention(16, 4, 0.5)), torch.randn(1, 4, 16)
     for module, out in ((resampler, lambda: resampler(patches)),
-                        (cross, lambda: cross(x, cross.cross_kv(patches), Groups(1)) - x)):
+                        (cross, lambda: cross(x, cross.cross_kv(patches))[0] - x)):
         assert torch.equal(out(), out())
         module.train()
         assert not torch.equal(out(), out())

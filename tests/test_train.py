@@ -1,9 +1,7 @@
 """Training computes what the formulas say, repeats itself exactly after a stop, and says what is wrong."""
 
-import contextlib
 import dataclasses
 import fcntl
-import functools
 import io
 import json
 import math
@@ -28,7 +26,7 @@ from test_model import captioner
 import fast
 import prepare_shapes
 import train as trainer
-from data import CaptionSet, ImageInputs, batches, clean_caption, collate, read_pixels
+from data import CaptionSet, ImageInputs, clean_caption, collate, epoch_batches, read_pixels, to_device
 from lib import checkpoint, cli, figures
 from lib.cli import UserError
 from lib.images import normalize
@@ -37,12 +35,11 @@ from train import (
     PRESETS,
     TrainConfig,
     build_model,
-    learning_rate,
-    make_optimizer,
-    settings,
+    configure_optimizer,
+    estimate_loss,
+    get_lr,
+    resolve_config,
     train,
-    trained_parameters,
-    validate,
 )
 
 SCRIPT = Path(trainer.__file__)
@@ -85,7 +82,7 @@ def state_of(cfg):
 
 
 def go_on(cfg, **given):
-    return train(*settings({"resume": True, "out": cfg.out, **given}))
+    return train(*resolve_config({"resume": True, "out": cfg.out, **given}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,7 +187,7 @@ def test_a_training_step_is_what_the_formulas_say(part, base, config):
     train(cfg)
     model, data = build_model(cfg)
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = make_optimizer(trained_parameters(model), cfg)
+    optimizer = configure_optimizer(model, cfg)
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     moments = state_of(cfg)["optimizer"]["state"]
     found = {name: moments[i]["exp_avg"].double() / (1 - 0.9) for i, name in enumerate(order)}
@@ -206,7 +203,7 @@ def test_a_training_step_is_what_the_formulas_say(part, base, config):
         mean, std = np.array(model.config.vit.mean), np.array(model.config.vit.std)
         seen = torch.from_numpy((np.stack(small) / 255 - mean) / std).permute(0, 3, 1, 2).double()
     parts = [[(i, base.model.tokenizer.encode(clean_caption(text))) for i in images for text in base.texts[i]]
-             for images in batches(data, data.split("train"), 2, cfg.seed, 0)[:2]]
+             for images in epoch_batches(data, data.split("train"), 2, cfg.seed, 0)[:2]]
     targets = [sum(1 + len(row) for _, row in part) for part in parts]
     assert targets[0] != targets[1] and len({i for i, _ in parts[0]}) == 2 < len(parts[0])
 
@@ -236,16 +233,6 @@ def test_gpt2_is_packed_although_the_vit_is_gone(config, monkeypatch):
     assert len(widths) > 4 * len(model.gpt2.h)
 
 
-def test_compile_changes_no_loss(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    losses = []
-    for compiled in (False, True):
-        cfg = config(max_steps=2, dropout=0.0, compile=compiled, out=str(tmp_path / str(compiled)))
-        train(cfg)
-        losses.append(list(log_of(cfg, "loss").values()))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
-
-
 def test_a_caption_costs_the_same_in_any_company(base, config):
     cfg = config(train="all", init_from=str(base.folder / "complete"), dropout=0.0)
     model, data = build_model(cfg)
@@ -253,9 +240,8 @@ def test_a_caption_costs_the_same_in_any_company(base, config):
 
     @torch.no_grad()
     def loss(images):
-        batch = collate(data, np.array(images), eyes)
-        visual = model.encode(**batch["seen"])
-        return model.loss(batch["tokens"], visual, batch["targets"], batch["image"], reduction="sum").item()
+        batch = to_device(collate(data, np.array(images), eyes), model.device, model.config.vit)
+        return trainer.batch_loss(model, batch, None).item()
     alone = {i: loss([i]) for i in (0, 4, 7)}
     assert loss([4, 7]) == pytest.approx(alone[4] + alone[7], rel=1e-6)
     assert loss([7, 0, 4]) == pytest.approx(sum(alone.values()), rel=1e-6)
@@ -323,7 +309,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path, monkey
     monkeypatch.setattr(sys, "stdout", Trigger("step 4: validation", lambda: os.kill(os.getpid(), number)))
     with pytest.raises(KeyboardInterrupt) as kept:            # held with all its frames, as in a notebook
         train(cfg)
-    assert "stopped after step 5; go on with the same command and --resume" in sys.stdout.getvalue()
+    assert "stopped after step 5; continue with the same command and --resume" in sys.stdout.getvalue()
     assert state_of(cfg)["step"] == 5 and list(log_of(cfg, "loss")) == [3] and kept.traceback
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     go_on(cfg)
@@ -386,19 +372,19 @@ def test_resume_keeps_the_saved_settings(config, capsys):
     train(cfg)
     first = state_of(cfg)
     given = dict(resume=True, out=cfg.out)
-    again, state = settings(given)
+    again, state = resolve_config(given)
     assert again == dataclasses.replace(cfg, resume=True, overwrite=False) and flat(state) == flat(first)
-    assert settings({**given, "dropout": 0.25, "learning_rate": cfg.learning_rate})[0] == again
+    assert resolve_config({**given, "dropout": 0.25, "learning_rate": cfg.learning_rate})[0] == again
     for name, value in dict(learning_rate=0.5, train="all", preset="mini", seed=2, blind=True).items():
         with pytest.raises(UserError, match=f"was started with {name} .*, not .*another --out"):
-            settings({**given, name: value})
+            resolve_config({**given, name: value})
     changed = dict(epochs=9, max_steps=4, eval_interval=3, save_interval=3, log_interval=2, num_samples=0)
-    cfg = settings({**given, **changed})[0]
+    cfg = resolve_config({**given, **changed})[0]
     assert {name: getattr(cfg, name) for name in changed} == changed and cfg.dropout == 0.25
-    train(*settings({**given, **changed}))
+    train(*resolve_config({**given, **changed}))
     assert state_of(cfg)["step"] == 4 and list(log_of(cfg, "loss")) == [1, 2, 4]
     assert capsys.readouterr().err == ""
-    train(*settings(given))                                        # it has come to its end: nothing to do
+    train(*resolve_config(given))                                        # it has come to its end: nothing to do
     assert state_of(cfg)["step"] == 4 and list(log_of(cfg, "loss")) == [1, 2, 4]
 
 
@@ -416,7 +402,7 @@ def test_resume_with_another_dtype_on_another_device(config):
 def test_resume_without_a_run_starts_and_says_so(config, capsys):
     cfg = config(resume=True)
     given = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "preset"}
-    again, state = settings(given)
+    again, state = resolve_config(given)
     assert again == cfg and state is None
     assert "training_state.pt does not exist: starting at step 0" in capsys.readouterr().err
     Path(cfg.out).mkdir()
@@ -468,7 +454,7 @@ def test_damaged_training_state_is_one_line(damage, config, tmp_path):
      "empty": lambda: file.write_bytes(b""), "other": lambda: torch.save({"a": 1}, file),
      "code": lambda: torch.save({"config": Code()}, file)}[damage]()
     with pytest.raises(UserError, match=r"training_state.pt is damaged .*\(\w+\); .* --overwrite") as e:
-        settings(dict(resume=True, out=cfg.out))
+        resolve_config(dict(resume=True, out=cfg.out))
     assert "\n" not in str(e.value) and not ran.exists()
 
 
@@ -554,10 +540,10 @@ def test_too_long_a_caption_is_an_error_before_any_work(base, config, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value, message", [
-    ("batch_size", 0, "--batch-size is 0, but must be at least 1"), ("epochs", 0, "at least 1"),
-    ("learning_rate", math.nan, "--learning-rate is nan"), ("learning_rate", -1.0, "at least 0"),
-    ("dropout", 1.0, "--dropout is 1.0, but must be from 0 to below 1"), ("min_lr", math.inf, "is inf"),
-    ("label_smoothing", 1.5, "below 1"), ("grad_clip", -1.0, "at least 0"), ("eval_interval", 0, "1")])
+    ("batch_size", 0, "batch_size is 0, but must be from 1 to"), ("epochs", 0, "at least 1"),
+    ("learning_rate", math.nan, "learning_rate is nan"), ("learning_rate", -1.0, "from 0 to 1000"),
+    ("dropout", 1.0, "dropout is 1.0, but must be from 0 to 0.99"), ("min_lr", math.inf, "is inf"),
+    ("label_smoothing", 1.5, "to 0.99"), ("grad_clip", -1.0, "from 0 to"), ("threads", 100000, "to 256"), ("eval_interval", 0, "1")])
 def test_settings_that_cannot_be_are_refused(flag, value, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**{flag: value})
@@ -585,13 +571,13 @@ def test_several_gpus_are_refused(monkeypatch):
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
     cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10)
-    rates = [learning_rate(step, 110, cfg) for step in range(111)]
+    rates = [get_lr(step, 110, cfg) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert rates[35] == pytest.approx(0.1 + 0.45 * (1 + math.sqrt(0.5)))
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-    assert learning_rate(0, 10, TrainConfig(learning_rate=2.0, min_lr=0.0, warmup_steps=0)) == 2.0
-    assert learning_rate(500, 110, cfg) == pytest.approx(0.1)
+    assert get_lr(0, 10, TrainConfig(learning_rate=2.0, min_lr=0.0, warmup_steps=0)) == 2.0
+    assert get_lr(500, 110, cfg) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("part", ["fusion", "all"])
@@ -599,7 +585,7 @@ def test_optimizer_decays_matrices_of_what_is_trained(part, config):
     cfg = config(train=part, weight_decay=0.3)
     model, _ = build_model(cfg)
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = make_optimizer(trained_parameters(model), cfg).param_groups
+    groups = configure_optimizer(model, cfg).param_groups
     decayed, spared = ({names[id(p)] for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and not decayed & spared
     trained = {name for name in names.values() if part == "all" or name.startswith(("resampler.", "xattn."))}
@@ -633,14 +619,13 @@ def test_validation_is_over_targets_with_every_image_at_its_place(base, config):
     images = data.split("train")
     state, total, count = torch.get_rng_state(), 0.0, 0
     model.train()
-    found = [validate(model, data, eyes, images, n, torch.no_grad) for n in (1, 3, 5, 50)]
+    found = [estimate_loss(model, data, eyes, images, n, None) for n in (1, 3, 5, 50)]
     assert model.training and torch.equal(torch.get_rng_state(), state)
     model.eval()
     with torch.no_grad():
         for i in images:
-            batch = collate(data, np.array([i]), eyes)
-            visual, args = model.encode(**batch["seen"]), (batch["targets"], batch["image"])
-            total += model.loss(batch["tokens"], visual, *args, reduction="sum").item()
+            batch = to_device(collate(data, np.array([i]), eyes), model.device, model.config.vit)
+            total += trainer.batch_loss(model, batch, None).item()
             count += batch["count"]
     assert [own for own, _ in found] == pytest.approx([total / count] * 4, rel=1e-6)
     assert all(abs(other - own) > 1e-6 for own, other in found)
@@ -673,7 +658,7 @@ def test_a_run_leaves_the_best_model_and_its_pictures(base, config, capsys):
     model = VisionGPT.from_pretrained(out, device="cpu")
     data = CaptionSet(cfg.data, model.tokenizer)
     eyes = ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
-    again, _ = validate(model, data, eyes, data.split("val"), 3, torch.no_grad)
+    again, _ = estimate_loss(model, data, eyes, data.split("val"), 3, None)
     assert again == pytest.approx(best, rel=1e-6)
     texts = model.eval().generate(eyes_on_pixels(data, model, data.split("val")), max_length=39)
     sheet = figures.contact_sheet([Image.fromarray(base.pictures[i]) for i in data.split("val")], texts)
@@ -730,8 +715,11 @@ def test_training_changes_nothing_global(config):
 
 
 def test_trains_on_so_many_threads(config, monkeypatch):
-    monkeypatch.setattr("train.run", lambda *_: torch.get_num_threads())
-    assert train(config(threads=3)) == 3 and train(config()) == torch.get_num_threads()
+    monkeypatch.setattr(trainer, "finish", lambda *_: seen.append(torch.get_num_threads()))
+    seen = []
+    train(config(threads=3))
+    train(config(overwrite=True))
+    assert seen == [3, torch.get_num_threads()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -740,7 +728,7 @@ def test_trains_on_so_many_threads(config, monkeypatch):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_settings(preset):
-    cfg, state = settings({"preset": preset, "epochs": 3})
+    cfg, state = resolve_config({"preset": preset, "epochs": 3})
     assert state is None and cfg.epochs == 3 and cfg.out == f"out/{preset}"
     for name, value in PRESETS[preset].items():
         assert type(value) is type(getattr(TrainConfig(), name)), name
@@ -832,7 +820,7 @@ def test_validation_never_compares_an_image_with_itself(config):
             return {"images": torch.zeros(len(images), 3, S, S)}
     images = data.split("train")
     for count in (3, 5, len(images)):
-        trainer.validate(model, data, Seen(), images[:count], 2, contextlib.nullcontext)
+        estimate_loss(model, data, Seen(), images[:count], 2, None)
     assert min(sizes) >= 2
 
 
@@ -851,41 +839,8 @@ def rare_words(tmp_path_factory):
     return folder
 
 
-def test_words_loss_is_the_surprise_at_the_words_of_an_images_captions(base, rare_words):
-    data = CaptionSet(rare_words)
-    train_images, end = data.split("train"), data.tokenizer.eos_id
-    tokens = {i: [t for row in data.rows([i])[0] for t in row.tolist()] for i in train_images}
-    common = {t for t in range(end) if sum(t in own for own in tokens.values()) > 0.3 * len(train_images)}
-    head = trainer.words_head(base.model, data)
-    chosen = train_images[:3]
-    words = torch.from_numpy(data.words(chosen))
-    rare = [[t for t in tokens[i] if t not in common] for i in chosen]
-    assert common and any(rare) and [row.sum().item() for row in words] == [len(own) for own in rare]
-    every = [t for own in tokens.values() for t in own if t not in common]
-    loss = trainer.words_loss(head(torch.randn(3, 12)), words) / words.sum()     # untrained: frequency alone
-    V = data.tokenizer.vocab_size
-    frequency = {t: (every.count(t) + 0.1) / (len(every) + 0.1 * V) for t in every}
-    expected = -np.mean([math.log(frequency[t]) for own in rare for t in own])
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_words_loss_teaches_the_vit_and_is_no_part_of_the_model(base, rare_words, config):
-    cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"), words_loss=0.5,
-                 max_steps=2)
-    train(cfg)                                       # two steps: the first, from zeros, moves the head alone
-    assert {"words.weight", "words.bias"} <= state_of(cfg)["model"].keys()
-    VisionGPT.from_pretrained(cfg.out)                                 # or an unknown tensor is refused
-    without = dataclasses.replace(cfg, words_loss=0.0, overwrite=True)
-    before = state_of(cfg)["model"]["vit.patch_embed.weight"]
-    train(without)
-    assert not torch.equal(before, state_of(cfg)["model"]["vit.patch_embed.weight"])
-    with pytest.raises(UserError, match="--train all"):
-        config(words_loss=0.5)
-
-
 def test_a_run_with_all_that_is_random_goes_on_as_if_nothing_had_been(base, rare_words, config, monkeypatch):
-    cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"), words_loss=0.5,
-                 patch_dropout=0.5, word_dropout=0.2, captions_per_image=1, grad_accumulation=2, augment=True,
+    cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"), word_dropout=0.2, captions_per_image=1, grad_accumulation=2, augment=True,
                  max_steps=6, save_interval=3, dropout=0.1, label_smoothing=0.1, batch_size=4)
     train(cfg)
     broken, calls, word_dropout = dataclasses.replace(cfg, out=cfg.out + "-broken"), [], trainer.word_dropout
@@ -901,22 +856,3 @@ def test_a_run_with_all_that_is_random_goes_on_as_if_nothing_had_been(base, rare
     assert state_of(broken)["step"] == 3
     go_on(broken)
     assert flat(state_of(broken)["model"]) == flat(state_of(cfg)["model"])
-
-
-def test_words_loss_weighs_words_alike_however_a_step_is_cut(base, rare_words, config):
-    for batch_size, parts in ((8, 1), (4, 2)):
-        cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"),
-                     words_loss=0.5, batch_size=batch_size, grad_accumulation=parts, dropout=0.0,
-                     grad_clip=0.0, out=str(base.folder / f"words{parts}"), overwrite=True)
-        with pytest.MonkeyPatch.context() as patch:                    # the same images in the same order
-            patch.setattr(trainer, "batches", lambda data, images, size, seed, epoch:
-                          [images[i : i + size] for i in range(0, len(images), size)])
-            train(cfg)
-    model, data = build_model(cfg)
-    named = trained_parameters(model, trainer.words_head(model, data))
-    groups = make_optimizer(named, cfg).param_groups
-    order = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
-    head = order[id(named["words.weight"])]
-    a, b = (torch.load(base.folder / f"words{n}" / "training_state.pt")["optimizer"]["state"][head]["exp_avg"]
-            for n in (1, 2))
-    assert a.norm() > 0 and (a - b).norm() <= 1e-4 * a.norm()

@@ -1,4 +1,4 @@
-"""What a training run does besides computing: its folder, its log, stopping on a signal, memory in use."""
+"""What a training run does besides computing: its folder, its log, stopping on a signal, threads, memory."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from lib import cli
 from lib.cli import UserError
 
 # what is worth keeping of a run, so that a new one must not find it
-MADE = ("training_state.pt", "config.json", "fusion.safetensors", "model.safetensors")
+RUN_FILES = ("training_state.pt", "config.json", "fusion.safetensors", "model.safetensors")
 
 
 @contextlib.contextmanager
@@ -27,8 +27,8 @@ def run_folder(cfg):
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         cli.lock(file, f"another run is training in {out}; wait for it, or name another folder with --out")
-        if any((out / name).exists() for name in MADE) and not (cfg.resume or cfg.overwrite):
-            raise UserError(f"{out} holds a run: go on with --resume, throw it away with --overwrite, "
+        if any((out / name).exists() for name in RUN_FILES) and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"{out} holds a run: continue it with --resume, throw it away with --overwrite, "
                             f"or name another --out")
         for rest in out.glob("*.tmp"):                                # of a run killed while it was writing
             rest.unlink()
@@ -36,7 +36,7 @@ def run_folder(cfg):
 
 
 class Log:
-    """log.jsonl, a JSON object a line, cut back to the step from which the run goes on; and a tracker."""
+    """log.jsonl, a JSON object a line, cut back to the step from which the run continues; and a tracker."""
 
     def __init__(self, file, step, cfg):
         self.rows, self.send = [], None
@@ -68,6 +68,13 @@ class Log:
         if self.send:
             self.send(step, values)
 
+    def write_step(self, step, total, since, seconds, captions, loss, lr, memory_gb):
+        """A line of log.jsonl and one for people, of the steps `since` then, which took so many seconds."""
+        speed, left = captions / seconds, (total - step) * seconds / (step - since)
+        self.write(step, loss=loss, lr=lr, captions_per_s=round(speed, 1), memory_gb=memory_gb)
+        print(f"step {step}/{total}  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} captions/s  "
+              f"{memory_gb:.1f} GB  {cli.clock(left)} left", flush=True)
+
     def curve(self, name):
         return [(row["step"], row[name]) for row in self.rows if name in row]
 
@@ -92,6 +99,17 @@ def stop_signal():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def cpu_threads(number: int):
+    """Within it PyTorch computes on so many threads; 0 leaves that to PyTorch."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(number or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def peak_memory(device):
