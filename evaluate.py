@@ -28,7 +28,8 @@ from decoding import DecodingConfig
 from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
 from lib.images import normalize
-from lib.metrics import judge, meteor, score
+from lib.metrics import meteor, score
+from lib.scenes import judge
 from model import VisionGPT
 from tokenizer import pad_captions
 
