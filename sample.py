@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 import fast
 from decoding import DecodingConfig
@@ -47,8 +47,8 @@ DRAWN = 50                             # pictures at most on a sheet
 @dataclass
 class CaptionerConfig(DecodingConfig):
     """A trained model, and how it captions: what sample.py and evaluate.py share."""
-    checkpoint: str | None = flag(None, "checkpoint folder; default: the newest under out/ trained on photos, or "
-                                  "weights/vision-gpt, or assets/mini", metavar="DIR")
+    checkpoint: str | None = flag(None, "checkpoint folder; default: the newest in out/ trained on photos, "
+                                  "or weights/vision-gpt, or assets/mini", metavar="DIR")
     weights: str | None = flag(None, "another folder with the frozen backbones", metavar="DIR")
     batch_size: int = flag(16, "pictures captioned at once", min=1)
     int8: bool = flag(False, "CPU: bfloat16, and GPT-2's weights in 8 bits: less exact; faster, but not with "
@@ -135,7 +135,7 @@ def read_picture(source: str, size: int, draw: bool) -> Picture:
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = re.sub("<_io.BytesIO.*?>", lambda _: source, str(error))
         return Picture(source, reason if source in reason else f"cannot read the picture {source}: {reason}")
-    return Picture(source, "", resize(image, size), ImageOps.contain(image, (448, 448)) if draw else None)
+    return Picture(source, "", resize(image, size), figures.fit(image, 448) if draw else None)
 
 
 def read_url(url: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What the scripts share: flags from a dataclass, the user's error, progress, files, device and dtype."""
+"""What the scripts share: flags from a dataclass, user errors, progress, output files, device and dtype."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import time
 import typing
@@ -15,7 +16,7 @@ from typing import IO
 
 
 class UserError(ValueError):
-    """Something the caller can mend: one readable sentence that says what is wrong and what to do."""
+    """Something the caller can fix: one readable sentence that says what is wrong and what to do."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -51,24 +52,18 @@ class Parser(argparse.ArgumentParser):
     """argparse that takes --a_b for --a-b, never abbreviates, and names the nearest valid flag or value."""
 
     def parse_args(self, args=None):
-        args = [self._dashes(a) for a in (sys.argv[1:] if args is None else args)]
+        args = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), arg)
+                for arg in (sys.argv[1:] if args is None else args)]
         known, unknown = self.parse_known_intermixed_args(args)      # positionals may stand between flags
         if unknown:
             name = unknown[0].split("=")[0]
             self.error(f"unknown argument {name}{nearest(name, self._option_string_actions)}; see --help")
         return known
 
-    def _dashes(self, arg):
-        if not arg.startswith("--"):
-            return arg
-        name, equals, value = arg.partition("=")
-        return name.replace("_", "-") + equals + value
-
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            choices = [str(c) for c in action.choices]
-            meant = nearest(value, choices)
-            raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(choices)}{meant}")
+            choices = ", ".join(action.choices) + nearest(value, action.choices)
+            raise argparse.ArgumentError(action, f"{value!r} is not one of {choices}")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -106,7 +101,7 @@ def parse(config_class, description: str, args: list[str] | None = None) -> dict
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main()` and exit; what the user can mend is one line on stderr and exit status 1."""
+    """Call `main()` and exit with its status; what the user can fix is one line on stderr and status 1."""
     try:
         status = main()
         sys.stdout.flush()
@@ -114,7 +109,7 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                      # the reader of our stdout went away, as in `... | head`
+    except BrokenPipeError:                      # whoever read our stdout is gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:        # OSError: no space left, no permission

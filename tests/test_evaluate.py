@@ -252,7 +252,7 @@ def test_unreadable_predictions_are_told_in_one_line(folder, tmp_path, content, 
     (["--checkpoint", "x"], "--checkpoint needs a model"),
     (["--shuffle-images"], "--shuffle-images needs a model"),
     (["--limit", "-1"], "limit is -1"),
-    (["--grid", "grid.txt"], "no picture format"),
+    (["--grid", "grid.txt"], "does not name a picture format"),
     (["--grid", "none/grid.png"], "--grid none/grid.png is"),
     (["--json", "p.json"], "overwrite the predictions"),
 ])
