@@ -19,6 +19,11 @@ class UserError(ValueError):
     """Something the caller can fix: one readable sentence that says what is wrong and what to do."""
 
 
+def printable(text: str) -> str:
+    """Text from outside on one line: line breaks, control characters and bytes that are not UTF-8 escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 # --------------------------------------------------------------------------------------------------
 # flags
 
