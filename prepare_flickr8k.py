@@ -72,8 +72,9 @@ class Entry(NamedTuple):
 def find_sources(config: PrepareConfig) -> tuple[str, list[str]]:
     """The path of the pictures, and those of the captions; without flags, downloads the official archives."""
     if not config.images and not config.captions:
-        from lib.download import fetch
-        zips = [str(fetch(MIRROR + name, f"downloads/{name}", md5=md5)) for name, md5 in ARCHIVES.items()]
+        from lib.download import download_file
+        zips = [str(download_file(MIRROR + name, f"downloads/{name}", md5=md5))
+                for name, md5 in ARCHIVES.items()]
         return zips[0], zips[1:]
     if config.images:
         return config.images, config.captions or [config.images]
