@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from lib import records
 from lib.cli import UserError
 from lib.images import MAX_IMAGE_BYTES, SUFFIXES
 
@@ -36,6 +37,7 @@ TEXT_FIELDS = ["caption", "captions", "text", "sentence", "sentences", "comment"
 ZIP_ERRORS = (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 MAX_FILES = 500_000                                  # in a folder or zip archive
 MAX_CAPTION_BYTES = 512 << 20                        # in a caption file
+MAX_LENGTH = 10_000                                  # characters of a caption or name
 
 
 class File(typing.NamedTuple):
@@ -94,7 +96,7 @@ def zip_members(path: str) -> list[File]:
     try:
         archive = zipfile.ZipFile(ZipSource(path))
     except ZIP_ERRORS as error:
-        raise UserError(f"cannot read the zip archive {path}: {error}; download or copy it again") from None
+        raise UserError(f"{path} is not a complete zip archive ({error}); copy it again") from None
     return [File(info.filename, functools.partial(opened, info), (info.file_size, info.CRC))
             for info in archive.infolist() if not info.is_dir()]
 
@@ -161,7 +163,7 @@ def match_pictures(names: Iterable[str], pictures: list[File]) -> dict[str, list
         by_path[file.path].append(file)
         by_name[basename(file.path)].append(file)
     found = {name: by_path[name] or longest_match(name, by_name[basename(name)]) for name in names}
-    copies = {name for name, files in found.items() if 1 < len(files) < 10 and len(set(map(digest, files))) == 1}
+    copies = {n for n, files in found.items() if 1 < len(files) < 10 and len(set(map(digest, files))) == 1}
     return {name: files[:1] if name in copies else files for name, files in found.items()}
 
 
@@ -189,7 +191,7 @@ def read_captions(files: list[File]) -> tuple[list[Caption], dict, list[File], l
         if name.endswith(".parquet"):
             captions += parse_rows(parquet_rows(file, pictures), file.path, broken)
             continue
-        content = read(file, MAX_CAPTION_BYTES).replace(b"\r\n", b"\n")
+        content = read(file, MAX_CAPTION_BYTES).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         sha256 = hashlib.sha256(content).hexdigest()
         if sha256 in seen:                           # the same file twice, as when a zip is also unpacked
             continue
@@ -224,7 +226,7 @@ def parse_rows(rows: Iterable[tuple[str, dict]], name: str, broken: list) -> Ite
         if texts is None:
             texts = [text for key, text in row.items() if re.fullmatch(r"caption_\d+", key)]
         texts, split = texts if isinstance(texts, list) else [texts], row.get("split") or ""
-        if texts and all(isinstance(text, str) for text in [image, split, *texts]):
+        if texts and all(isinstance(s, str) and len(s) <= MAX_LENGTH for s in [image, split, *texts]):
             image = normalize_path(image)
             yield from (Caption(image, text, split, row.get("image_id"), name) for text in texts)
         else:
@@ -241,8 +243,8 @@ def flickr8k_rows(text: str) -> Iterator[tuple]:
 
 def json_rows(text: str, name: str) -> Iterator[tuple]:
     """COCO's JSON, Karpathy's, or a list of rows."""
+    rows = records.parse_json(object, text, name)                # of any shape: wrong entries are skipped
     try:
-        rows = json.loads(text)
         if isinstance(rows, dict) and "annotations" in rows:
             images = {image["id"]: image["file_name"] for image in rows["images"]}
             rows = [{**note, "image": images.get(note["image_id"])} for note in rows["annotations"]]
@@ -250,8 +252,6 @@ def json_rows(text: str, name: str) -> Iterator[tuple]:
             rows = [{"image": f"{image.get('filepath', '')}/{image['filename']}", "split": image.get("split"),
                      "caption": [sentence["raw"] for sentence in image["sentences"]],
                      "image_id": image.get("cocoid")} for image in rows["images"]]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name} is not JSON: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{name} is neither COCO's JSON, nor Karpathy's, nor a list of rows with image and "
                         "caption") from None
@@ -263,7 +263,7 @@ def json_lines(text: str) -> Iterator[tuple]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 yield f"line {number}", None
 
 
@@ -271,13 +271,13 @@ def csv_rows(text: str, name: str) -> Iterator[tuple]:
     """CSV with a header, separated by commas, semicolons, bars or tabs; None for a row of another length."""
     header = text.partition("\n")[0]
     delimiter = max(",\t;|", key=header.count)
-    columns = [column.strip().lower() for column in next(csv.reader([header], delimiter=delimiter), [])]
-    if not set(columns) & set(IMAGE_FIELDS) or not set(columns) & set(TEXT_FIELDS):
-        raise UserError(f"{name} begins with {header[:60]!r}; its first line should name the columns image "
-                        "and caption")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        for row in itertools.islice(reader, 1, None):
+        columns = [column.strip().lower() for column in next(reader, [])]
+        if not set(columns) & set(IMAGE_FIELDS) or not set(columns) & set(TEXT_FIELDS):
+            raise UserError(f"{name} begins with {header[:60]!r}; its first line should name the columns "
+                            "image and caption")
+        for row in reader:
             if row:
                 yield f"line {reader.line_num}", dict(zip(columns, row)) if len(row) == len(columns) else None
     except csv.Error as error:
