@@ -9,14 +9,14 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
 import fast
-from lib import checkpoint, cli
+from lib import checkpoint, cli, records
 from lib.cli import UserError
 from lib.images import normalize, resize
 from tokenizer import Tokenizer, pack_captions
@@ -25,12 +25,54 @@ from tokenizer import Tokenizer, pack_captions
 # writing a prepared set
 
 FORMAT_VERSION = 1
+SET_FILES = ("images.bin", "tokens.bin", "index.npz", "captions.json", "tokenizer.json", "scenes.jsonl",
+             "meta.json")
 
 
 def clean_caption(text):
     """A caption as people write it: corpora put spaces before punctuation and clitics and after brackets."""
     text = re.sub(r" +(?=[.,!?;:)]+( |$))", "", " ".join(text.split()))
     return re.sub(r" +(?=(n't|'(s|re|ve|ll|d|m))\b)", "", text).replace("( ", "(")
+
+
+@dataclass
+class SetOrigin:
+    """What the fields of a meta.json say of how the set came about."""
+    format_version: int
+    images: list[str]
+    source: str | None = None
+
+
+def set_origin(folder: str) -> SetOrigin | None:
+    """The origin of the set in a folder; None if there is no complete set."""
+    with contextlib.suppress(UserError, OSError):
+        return records.read_json(SetOrigin, os.path.join(folder, "meta.json"), foreign=True)
+
+
+@contextlib.contextmanager
+def set_folder(out: str) -> Iterator[None]:
+    """Make `out` the folder of a set that is written within the context.
+
+    Raises UserError if it holds files that would be replaced and are not of a set, or another run writes it.
+    """
+    try:
+        os.makedirs(out, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{out} is a file; name a folder with --out") from None
+    def present():
+        return [name for name in SET_FILES if os.path.lexists(os.path.join(out, name))]
+
+    unfinished = os.path.join(out, ".unfinished")                # says whose a set without meta.json is: ours
+    if present() and not os.path.exists(unfinished) and not set_origin(out):
+        raise UserError(f"{out} holds a file {present()[0]} that would be replaced but is not of a prepared "
+                        "set: name another folder with --out, or move the file away")
+    with open(unfinished, "w") as file:
+        cli.lock(file, f"another run is writing {out}; wait for it, or name another folder with --out")
+        try:
+            yield
+        finally:
+            if not present() or "meta.json" in present():
+                os.remove(unfinished)
 
 
 def write_images(out, pictures, image_size):

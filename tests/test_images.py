@@ -73,7 +73,7 @@ def test_load_image_turns_upright(tmp_path):
 
 
 @pytest.mark.parametrize("content, reason", [
-    (None, "no such file"), (b"", "cannot identify"), (b"text", "cannot identify"), ("jpg", "truncated"),
+    (None, "no such file"), (b"", "not a JPEG, PNG"), (b"text", "not a JPEG, PNG"), ("jpg", "truncated"),
     ("png", ""), ("gif", ""), ("webp", ""), ("folder", "directory")])
 def test_load_image_says_in_one_line_what_it_cannot_read(content, reason, tmp_path):
     file = tmp_path / "a picture"
@@ -86,7 +86,7 @@ def test_load_image_says_in_one_line_what_it_cannot_read(content, reason, tmp_pa
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(stream, {"jpg": "jpeg"}.get(content, content))
         file.write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
-    with pytest.raises(UserError, match=f"cannot read the picture .*a picture: .*{reason}") as caught:
+    with pytest.raises(UserError, match=f"a picture.*{reason}") as caught:
         load_image(file)
     assert "\n" not in str(caught.value)
 

@@ -315,8 +315,7 @@ def test_prepared_set_holds_pictures_tokens_and_splits(given_set):
     for name, image in zip(written.names, written.images):
         assert image.shape == (8, 8, 3) and (image == colour(name)).all()
     assert written.references(2) == ["A dog 0 , in 3.jpg .", "A dog 1 , in 3.jpg ."]
-    (rows,) = written.caption_tokens([2])
-    assert BYTES.decode(rows[0].tolist()) == "A dog 0, in 3.jpg."
+    assert BYTES.decode(written.caption_tokens([2])[0][0].tolist()) == "A dog 0, in 3.jpg."
     assert set(os.listdir(given_set.out)) == {
         "images.bin", "tokens.bin", "index.npz", "captions.json", "tokenizer.json", "meta.json"}
     meta = json.loads((Path(given_set.out) / "meta.json").read_text())
@@ -330,8 +329,8 @@ def test_prepared_set_holds_pictures_tokens_and_splits(given_set):
 def test_raw_captions_keep_their_spaces(given_set):
     given_set.raw_captions = True
     prepare(given_set, BYTES)
-    (rows,) = data.CaptionSet(given_set.out).caption_tokens([2])
-    assert BYTES.decode(rows[0].tolist()) == "A dog 0 , in 3.jpg ."
+    tokens = data.CaptionSet(given_set.out).caption_tokens([2])[0][0]
+    assert BYTES.decode(tokens.tolist()) == "A dog 0 , in 3.jpg ."
 
 
 def test_second_run_does_nothing_until_something_changes(given_set):
@@ -385,7 +384,7 @@ def test_clean_caption(text, clean):
     ("c.csv", b"image,caption\n1.jpg,\n", "none of the captions .* can be used; .*: c.csv line 2"),
     ("c.csv", b"image,caption,split\n1.jpg,a dog,seven\n", "none of 1 images is in train, val or test"),
     ("c.jsonl", b'{"image": "1.jpg"\n[]\n', "broken entries: c.jsonl line 1, c.jsonl line 2"),
-    ("c.json", b'{"images": [', "c.json is not JSON"),
+    ("c.json", b'{"images": [', "c.json is damaged: Expecting value"),
     ("c.json", b'{"images": [{"id": 1}], "annotations": []}', "neither COCO's JSON, nor Karpathy's"),
     ("c.json", b"3", "neither COCO's JSON, nor Karpathy's"),
     ("c.zip", b"PK but cut", "not a complete zip archive")])
@@ -404,7 +403,7 @@ def test_paths_without_pictures_or_captions_are_named(tmp_path):
         gather(text)
     with pytest.raises(UserError, match="no captions in .*i; name the file"):
         gather(draw(tmp_path / "i"))
-    with pytest.raises(UserError, match="image-size"):
+    with pytest.raises(UserError, match="image_size"):
         PrepareConfig(image_size=0)
 
 
