@@ -1052,9 +1052,9 @@ def weight_cases():
         held = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])["__metadata__"]
         for key in held:
             for path, label, new in mutations({key: json.loads(held[key])}):
-                text = json.loads(changed({key: json.loads(held[key])}, path, "DEEP" if new is DEEP else new))
                 if new is DEEP:
                     continue
+                text = json.loads(changed({key: json.loads(held[key])}, path, new))
                 accept = (path[-1], label) in (("dropout", "gone"), ("activation", "x")) or path[-1] == "transform"
                 yield Case(f"{args[0]} {file} metadata: {'.'.join(map(str, path))} {label}", args, parts,
                            with_tensors(file, lambda a: None, lambda m, k=key, t=text: {
