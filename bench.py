@@ -133,7 +133,7 @@ def caption_floor(model, kind, encoding, decoding, device):
 
 def caption(device, quick):
     kinds = ["fp32", "bf16", "int8" if device.type == "cpu" else "fp16"]
-    model, rows, batches = random_model(), [], [1] if quick else [1, 8, 32]
+    model, rows, batches = random_model().requires_grad_(False), [], [1] if quick else [1, 8, 32]
     ways = {kind: partial(our_captions, variant(model, kind, device)) for kind in kinds}
     try:
         other = hugging_face()
@@ -143,16 +143,15 @@ def caption(device, quick):
         print(f"without Hugging Face's model, which needs pip install transformers: {error}", file=sys.stderr)
     plain, text = copy.deepcopy(model).to(device), torch.zeros(1, WORDS, dtype=torch.long, device=device)
     ways["original"] = lambda images, beams: [original_word(plain, images, text[:, :n]) for n in (1, WORDS)]
-    pictures = torch.randn(batches[-1], 3, 224, 224, device=device)
-    one = pictures[:1].cpu()
+    S = model.config.vit.image_size
+    pictures, one = torch.randn(batches[-1], 3, S, S, device=device), torch.randn(1, 3, S, S)
     encoding = count_flops(lambda: model.cross_kv(model.encode(one)))
     for batch, beams in itertools.product(batches, (1, 5)):
         names = [n for n in ways if (n != "int8" or batch == 1) and (n != "original" or batch == beams)]
         decoding = count_flops(partial(our_captions, model, one, beams)) - encoding
         seconds = time_interleaved({name: partial(ways[name], pictures[:batch], beams) for name in names},
                                    1 if quick or batch > 1 else 3, device, f"batch {batch}, {beams} beams")
-        if "original" in seconds:                     # what a word costs grows evenly
-            seconds["original"] *= WORDS / 2
+        seconds = {n: s * (WORDS / 2 if n == "original" else 1) for n, s in seconds.items()}
         for name, s in seconds.items():
             row = {"batch": batch, "beams": beams, "what": name, "seconds": s, "images/s": batch / s}
             if name in DTYPES:
@@ -227,8 +226,9 @@ def train(device, quick):
 def features(device, quick):
     """Caching ViT features as train.py does."""
     model, count = random_model(), 24 if device.type == "cpu" else 1024
-    flops = count * count_flops(lambda: model.features(torch.zeros(1, 3, 224, 224)))
-    images = np.random.default_rng(0).integers(256, size=(count, 224, 224, 3), dtype=np.uint8)
+    S = model.config.vit.image_size
+    flops = count * count_flops(lambda: model.features(torch.zeros(1, 3, S, S)))
+    images = np.random.default_rng(0).integers(256, size=(count, S, S, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         def cache(kind, vit):                       # under a new name, or the features would be found
             data = types.SimpleNamespace(images=images, folder=folder)

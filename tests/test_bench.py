@@ -66,19 +66,36 @@ def test_original_way_has_the_gradients_of_ours_without_dropout():
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_hugging_face_writes_as_many_tokens_as_ours(beams):
+def hugging_face():
+    """A tiny one, of CONFIG's vocabulary and image size."""
     hf = pytest.importorskip("transformers")
-    images = torch.randn(2, 3, 16, 16)
-    assert [len(row) for row in bench.our_captions(bench.random_model(CONFIG), images, beams)] == [WORDS] * 2
     vit = hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
                        image_size=16, patch_size=8)
     gpt2 = hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=39,
                          bos_token_id=39, add_cross_attention=True, is_decoder=True)
-    other = hf.VisionEncoderDecoderModel(encoder=hf.ViTModel(vit, add_pooling_layer=False),
-                                         decoder=hf.GPT2LMHeadModel(gpt2)).eval()
-    text = baselines.hugging_face_captions(WORDS, other, images, beams)
+    return hf.VisionEncoderDecoderModel(encoder=hf.ViTModel(vit, add_pooling_layer=False),
+                                        decoder=hf.GPT2LMHeadModel(gpt2)).eval()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_hugging_face_writes_as_many_tokens_as_ours(beams):
+    images = torch.randn(2, 3, 16, 16)
+    assert [len(row) for row in bench.our_captions(bench.random_model(CONFIG), images, beams)] == [WORDS] * 2
+    text = baselines.hugging_face_captions(WORDS, hugging_face(), images, beams)
     assert text.shape == (2, 1 + WORDS) and not (text[:, 1:] == 39).any()
+
+
+def test_sections_run_and_tell_shares_of_the_floor(monkeypatch):
+    model = bench.random_model(CONFIG)
+    monkeypatch.setattr(bench, "random_model", lambda: copy.deepcopy(model))
+    monkeypatch.setattr(bench, "hugging_face", hugging_face)
+    names = ["fp32", "bf16", "int8", "HF fp32", "HF bf16"]
+    (rows,) = bench.caption(CPU, quick=True).values()
+    assert [row["what"] for row in rows] == [*names, "original", *names]
+    assert all(row["share of floor"] > 0 for row in rows if row["what"] in bench.DTYPES)
+    assert rows[0]["times HF"] == rows[3]["seconds"] / rows[0]["seconds"]
+    (rows,) = bench.features(CPU, quick=True).values()
+    assert [row["what"] for row in rows] == names[:2] and all(row["share of floor"] > 0 for row in rows)
 
 
 @torch.inference_mode()
