@@ -25,7 +25,8 @@ from data import CaptionSet, read_pixels
 from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
 from lib.images import normalize
-from lib.metrics import judge, meteor, score
+from lib.metrics import meteor, score
+from lib.scenes import judge
 from model import VisionGPT
 from sample import CaptionerConfig, load_model
 from tokenizer import pack_captions

@@ -273,7 +273,7 @@ class VisionGPT(nn.Module):
         """
         folder, device = Path(folder or checkpoint.find_checkpoint()), pick_device(device)
         config = checkpoint.read_config(folder)
-        model = checkpoint.build(cls, VisionGPTConfig, config.get("model"), folder)
+        model = checkpoint.build_empty(cls, VisionGPTConfig, config.get("model"), folder)
         if (folder / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.load(folder)
         if config.get("backbones"):

@@ -5,6 +5,7 @@ buffers: a header, then where in the data files each variable lies.
 """
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,13 @@ MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}         # of TensorFlow's DataType
 
 
-def read_checkpoint(prefix):
-    """{variable name: array} of the checkpoint PREFIX, memory-mapped. Raises UserError when it is damaged."""
-    index = Path(f"{prefix}.index")
+def read_tf_checkpoint(prefix: str) -> dict[str, np.ndarray]:
+    """The variables of the checkpoint PREFIX by name, memory-mapped. Raises UserError if it is damaged."""
     try:
-        entries = dict(table(index.read_bytes()))
-        shards = dict(fields(entries.pop(b""))).get(1, 0)
+        entries = dict(read_table(Path(f"{prefix}.index").read_bytes()))
+        shards = dict(read_message(entries.pop(b""))).get(1, 0)
         data = [np.memmap(f"{prefix}.data-{s:05}-of-{shards:05}", mode="c") for s in range(shards)]
-        return {name.decode(): array(value, data) for name, value in entries.items()}
+        return {name.decode(): read_variable(entry, data) for name, entry in entries.items()}
     except OSError as error:
         raise UserError(f"cannot read the TensorFlow checkpoint {prefix}: {error}") from None
     except (ValueError, KeyError, IndexError, struct.error) as error:
@@ -30,65 +30,66 @@ def read_checkpoint(prefix):
                         "download its .index and .data files again") from None
 
 
-def table(content):
-    """(key, value) pairs of a LevelDB table, uncompressed as TensorFlow writes it."""
+def read_table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The (key, value) pairs of a LevelDB table, uncompressed as TensorFlow writes it."""
     footer = content[-48:]
     if len(footer) < 48 or struct.unpack("<Q", footer[40:])[0] != MAGIC:
-        raise ValueError("no TensorFlow index")
-    _, at = varint(footer, 0)                        # metaindex: offset and size, of no use here
-    _, at = varint(footer, at)
-    for _, handle in block(content, footer[at:]):
-        yield from block(content, handle)
+        raise ValueError("not a TensorFlow index")
+    _, at = read_varint(footer, 0)                   # offset and size of the metaindex, of no use here
+    _, at = read_varint(footer, at)
+    for _, handle in read_block(content, footer[at:]):
+        yield from read_block(content, handle)
 
 
-def block(content, handle):
-    """(key, value) pairs of the block at `handle` (offset, size); keys share their start with the last."""
-    offset, at = varint(handle, 0)
-    size, _ = varint(handle, at)
+def read_block(content, handle):
+    """The (key, value) pairs of a block at `handle` (offset, size); keys share their start with the last."""
+    offset, at = read_varint(handle, 0)
+    size, _ = read_varint(handle, at)
     end = offset + size
-    body, (kind, crc) = content[offset:end], struct.unpack("<BI", content[end : end + 5])
-    if kind != 0:
+    body, (compression, crc) = content[offset:end], struct.unpack("<BI", content[end : end + 5])
+    if compression != 0:
         raise ValueError("compressed index")
-    if masked_crc(content[offset : end + 1]) != crc:
+    if masked_crc32c(content[offset : end + 1]) != crc:
         raise ValueError("wrong checksum")
     end = size - 4 * (1 + struct.unpack("<I", body[-4:])[0])         # restart points and their number follow
     at, key = 0, b""
     while at < end:
-        shared, at = varint(body, at)
-        unshared, at = varint(body, at)
-        length, at = varint(body, at)
+        shared, at = read_varint(body, at)
+        unshared, at = read_varint(body, at)
+        length, at = read_varint(body, at)
         key = key[:shared] + body[at : at + unshared]
         at += unshared
         yield key, body[at : at + length]
         at += length
 
 
-def array(entry, data):
-    """The array that a BundleEntryProto describes; zeros are left out of it."""
-    values = dict(fields(entry))
+def read_variable(entry, data):
+    """The array that a BundleEntryProto describes; fields that are zero are left out of it."""
+    values = dict(read_message(entry))
     if 7 in values:
         raise ValueError("a variable in slices")
-    dims = [dict(fields(dim)).get(1, 0) for number, dim in fields(values.get(2, b"")) if number == 2]
+    shape = read_message(values.get(2, b""))
+    dims = [dict(read_message(dim)).get(1, 0) for number, dim in shape if number == 2]
     offset, size = values.get(4, 0), values.get(5, 0)
     raw = data[values.get(3, 0)][offset : offset + size]
     return raw.view(DTYPES[values[1]]).reshape(dims)
 
 
-def fields(message):
-    """(number, value) of each field of a protocol buffer: integers, or bytes."""
+def read_message(message):
+    """The (number, value) of each field of a protocol buffer; values are integers or bytes."""
     at = 0
     while at < len(message):
-        tag, at = varint(message, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = varint(message, at)
+        tag, at = read_varint(message, at)
+        wire_type = tag & 7
+        if wire_type == 0:
+            value, at = read_varint(message, at)
         else:
-            length, at = varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+            length, at = read_varint(message, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
             value, at = message[at : at + length], at + length
         yield tag >> 3, value
 
 
-def varint(buffer, at):
+def read_varint(buffer, at):
     """An integer in groups of seven bits, lowest first -> (value, where the next thing begins)."""
     value = shift = 0
     while True:
@@ -99,7 +100,7 @@ def varint(buffer, at):
             return value, at
 
 
-def masked_crc(content):
+def masked_crc32c(content):
     """CRC-32C, rotated and shifted as LevelDB stores it."""
     crc = 0xFFFFFFFF
     for byte in content:

@@ -62,82 +62,82 @@ def server(monkeypatch):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_fetch_resumes_cut_connections(server, tmp_path, ranges):
+def test_download_resumes_cut_connections(server, tmp_path, ranges):
     server.cut, server.ranges = 3, ranges
-    path = download.fetch(server.url, tmp_path / "new" / "file", hashlib.sha256(CONTENT).hexdigest(),
+    path = download.download_file(server.url, tmp_path / "new" / "file", hashlib.sha256(CONTENT).hexdigest(),
                           hashlib.md5(CONTENT).hexdigest())
     assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ["file"]
     assert len(server.requests) == 4 and server.requests[-1] is not None
 
 
-def test_fetch_goes_on_where_an_earlier_run_stopped(server, tmp_path):
+def test_download_goes_on_where_an_earlier_run_stopped(server, tmp_path):
     (tmp_path / "file.partial").write_bytes(CONTENT[:7777])
-    assert download.fetch(server.url, tmp_path / "file").read_bytes() == CONTENT
+    assert download.download_file(server.url, tmp_path / "file").read_bytes() == CONTENT
     assert server.requests == ["bytes=7777-"]
 
 
 @pytest.mark.parametrize("held", [CONTENT, CONTENT + b"more"])
-def test_fetch_ends_with_a_partial_file_that_has_it_all(server, tmp_path, held):
+def test_download_ends_with_a_partial_file_that_has_it_all(server, tmp_path, held):
     (tmp_path / "file.partial").write_bytes(held)
-    assert download.fetch(server.url, tmp_path / "file").read_bytes() == CONTENT
+    assert download.download_file(server.url, tmp_path / "file").read_bytes() == CONTENT
 
 
-def test_fetch_keeps_the_part_when_it_gives_up(server, tmp_path):
+def test_download_keeps_the_part_when_it_gives_up(server, tmp_path):
     server.cut, server.status = 1, None
     (tmp_path / "file.partial").write_bytes(CONTENT[:7777])
     server.status = 503
-    with pytest.raises(UserError, match="503.*kept"):
-        download.fetch(server.url, tmp_path / "file")
+    with pytest.raises(UserError, match="503.*to resume"):
+        download.download_file(server.url, tmp_path / "file")
     assert len(server.requests) == download.ATTEMPTS
     assert (tmp_path / "file.partial").read_bytes() == CONTENT[:7777] and not (tmp_path / "file").exists()
 
 
-def test_fetch_of_a_wrong_hash_leaves_nothing(server, tmp_path):
-    with pytest.raises(UserError, match="sha256 .* not 01234567.*removed"):
-        download.fetch(server.url, tmp_path / "file", sha256="01234567")
+def test_download_of_a_wrong_hash_leaves_nothing(server, tmp_path):
+    with pytest.raises(UserError, match="sha256 .* not 01234567"):
+        download.download_file(server.url, tmp_path / "file", sha256="01234567")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="md5"):
-        download.fetch(server.url, tmp_path / "file", md5="0" * 32)
+        download.download_file(server.url, tmp_path / "file", md5="0" * 32)
 
 
-def test_fetch_takes_a_hash_prefix_and_what_is_there(server, tmp_path):
+def test_download_takes_a_hash_prefix_and_what_is_there(server, tmp_path):
     prefix = hashlib.sha256(CONTENT).hexdigest()[:8]
-    download.fetch(server.url, tmp_path / "file", sha256=prefix)
-    download.fetch(server.url, tmp_path / "file", sha256=prefix)
+    download.download_file(server.url, tmp_path / "file", sha256=prefix)
+    download.download_file(server.url, tmp_path / "file", sha256=prefix)
     assert len(server.requests) == 1
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(UserError, match="move it away"):
-        download.fetch(server.url, tmp_path / "file", sha256=prefix)
+        download.download_file(server.url, tmp_path / "file", sha256=prefix)
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-def test_fetch_of_what_does_not_exist_says_so_at_once(server, tmp_path):
+def test_download_of_what_does_not_exist_says_so_at_once(server, tmp_path):
     server.status = 404
     with pytest.raises(UserError, match="404"):
-        download.fetch(server.url, tmp_path / "file")
+        download.download_file(server.url, tmp_path / "file")
     assert len(server.requests) == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_fetch_refuses_a_web_page(server, tmp_path):
+def test_download_refuses_a_web_page(server, tmp_path):
     server.kind = "text/html; charset=utf-8"
     with pytest.raises(UserError, match="web page"):
-        download.fetch(server.url, tmp_path / "file")
+        download.download_file(server.url, tmp_path / "file")
 
 
-def test_fetch_without_network_or_folder_says_so(tmp_path):
+def test_download_without_network_or_folder_says_so(tmp_path):
     server = Server()
     server.server_close()                                    # a port on which nobody listens
-    with pytest.raises(UserError, match="cannot be downloaded"):
-        download.fetch(server.url, tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be downloaded"):
-        download.fetch("no url", tmp_path / "file")
+    with pytest.raises(UserError, match="cannot download"):
+        download.download_file(server.url, tmp_path / "file")
+    with pytest.raises(UserError, match="cannot download"):
+        download.download_file("no url", tmp_path / "file")
     (tmp_path / "block").write_bytes(b"")
     with pytest.raises(UserError, match="cannot write"):
-        download.fetch(server.url, tmp_path / "block" / "file")
+        download.download_file(server.url, tmp_path / "block" / "file")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' ever full device")
-def test_fetch_to_a_full_disk_says_so(server, tmp_path):
+def test_download_to_a_full_disk_says_so(server, tmp_path):
     (tmp_path / "file.partial").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write .*No space left"):
-        download.fetch(server.url, tmp_path / "file")
+        download.download_file(server.url, tmp_path / "file")

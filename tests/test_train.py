@@ -515,7 +515,7 @@ def test_what_is_missing_is_named_with_its_command(base, config, tmp_path, monke
         train(config(weights="none"))
     with pytest.raises(UserError, match="other.safetensors missing"):
         train(config(vit="other.safetensors"))
-    with pytest.raises(UserError, match="none is no checkpoint folder"):
+    with pytest.raises(UserError, match="none is not a checkpoint folder"):
         train(config(init_from="none"))
     for tracker in ("wandb", "tensorboard"):
         monkeypatch.setitem(sys.modules, "wandb", None)
