@@ -12,7 +12,6 @@ are captioned, and the exit status is 1.
 """
 
 import csv
-import io
 import itertools
 import json
 import os

@@ -28,11 +28,6 @@ def printable(text: str) -> str:
                   lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 
-def printable(text: str) -> str:
-    """Text from outside on one line: line breaks, control characters and bytes that are not UTF-8 escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 # --------------------------------------------------------------------------------------------------
 # flags
 

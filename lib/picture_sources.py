@@ -71,7 +71,7 @@ def read_stream(source: str) -> io.BytesIO:
         if not 0 < len(content) <= limit:
             raise UserError(f"it has more than {limit >> 20} MB" if content else "it is empty")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"cannot read the picture: {error or f'it takes over {DEADLINE} s'}") from None
+        raise UserError(f"cannot read the picture: {str(error) or f'it takes over {DEADLINE} s'}") from None
     return io.BytesIO(content)
 
 
@@ -80,6 +80,6 @@ def download(url: str) -> bytes:
     end, content = time.monotonic() + DEADLINE + 1, bytearray()     # nobody waits for it any longer
     request = urllib.request.Request(url, headers={"User-Agent": "vision-gpt"})
     with urllib.request.urlopen(request, timeout=20) as response:
-        while len(content) <= MAX_URL_BYTES and time.monotonic() < end and (block := response.read1()):
+        while len(content) <= MAX_URL_BYTES and time.monotonic() < end and (block := response.read1(1 << 16)):
             content += block
     return bytes(content)
