@@ -7,6 +7,7 @@ and nothing else.
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from bisect import bisect_left
 from collections import defaultdict
@@ -168,7 +169,8 @@ def read_weight_file(file: Path) -> dict:
                 raise UserError(f"{file} was written by convert_weights.py: it needs no conversion")
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     try:
-        content = read_archive(file) if start.startswith(b"PK") else torch_load(file)
+        with warnings.catch_warnings(action="ignore"):
+            content = read_archive(file) if start.startswith(b"PK") else torch_load(file)
     except UserError:
         raise
     except Exception as error:                       # whatever numpy and torch raise for a damaged file
@@ -193,6 +195,8 @@ def read_archive(file):
         names = archive.namelist()
         if sum(member.file_size for member in archive.infolist()) > BLOAT * file.stat().st_size:
             raise UserError(f"{file} would unpack to more than {BLOAT} times its size: it is not read")
+        if member := archive.testzip():
+            raise UserError(f"{file} is damaged: {member!r:.99} does not match its checksum; download it again")
         if any(name.endswith(".npy") for name in names):
             arrays = np.load(file, allow_pickle=False)
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -274,7 +278,7 @@ def from_flax(name, tensor):
 
 def from_conv1d(name, tensor):
     """OpenAI's linear layers are convolutions of width 1: (in, out) or (1, in, out)."""
-    return tensor.squeeze(0).T if name.startswith("h.") and tensor.ndim > 1 else tensor
+    return tensor.squeeze(0).mT if name.startswith("h.") and tensor.ndim > 1 else tensor
 
 
 CENTER_CROP = dict(transform=dict(resize=224, crop=224, filter="bicubic"))
