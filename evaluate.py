@@ -1,18 +1,17 @@
-"""Measure a trained model's captions, or somebody else's, against the reference captions of a set.
+"""Score a trained model's captions, or captions from anywhere else, against a set's reference captions.
 
     python evaluate.py                                  # the newest model, on the test split
     python evaluate.py --checkpoint out/flickr8k --num-beams 5 --save-predictions beams.json
-    python evaluate.py --shuffle-images                 # control: captions of other pictures
+    python evaluate.py --shuffle-images                 # control: each image captioned from another one
     python evaluate.py --worst 12 --grid worst.png      # the pictures it describes worst
     python evaluate.py --predictions theirs.json --data data/flickr8k
 
-Scores are coco-caption's, on its scales; papers print them times 100. References are the captions as
-they came with the pictures. Loss and perplexity are over all their tokens, end token counted.
+Scores are those of coco-caption, on its scales; papers print them times 100. References are the captions as
+they came with the pictures. Loss and perplexity are over all their tokens, end token included.
 """
 
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -22,15 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-import fast
-from data import CaptionSet, read_pixels, write_json
-from decoding import DecodingConfig
+from data import CaptionSet, read_pixels
 from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
 from lib.images import normalize
-from lib.metrics import judge, meteor, score
+from lib.metrics import meteor, score
+from lib.scenes import judge
 from model import VisionGPT
-from tokenizer import pad_captions
+from sample import CaptionerConfig, load_model
+from tokenizer import pack_captions
 
 DATA = "data/flickr8k"
 DRAWN = 24                             # pictures of --grid without --worst
@@ -38,47 +37,30 @@ WITHOUT_MODEL = {"predictions", "data", "split", "limit", "worst", "grid", "json
 
 
 @dataclass
-class EvaluateConfig(DecodingConfig):
-    num_return_sequences: int = 1      # no flag here: one caption an image is scored
-    checkpoint: str | None = flag(None, "checkpoint folder; else the newest under out/ trained on "
-                                        "photographs, weights/vision-gpt or assets/mini", metavar="DIR")
+class EvaluateConfig(CaptionerConfig):
+    num_return_sequences: int = 1      # no flag here: each image has one caption to score
+    batch_size: int = flag(32, "images captioned at once", min=1)
     predictions: str | None = flag(None, "score these captions instead, without a model: a list of {image, "
-                                         "caption} or {image_id, caption}", metavar="FILE")
-    data: str | None = flag(None, f"prepared set; else the one that the model was trained on, or {DATA}",
+                                   "caption} or {image_id, caption}", metavar="FILE")
+    data: str | None = flag(None, f"prepared set; default: the one the model was trained on, else {DATA}",
                             metavar="DIR")
     split: str = flag("test", "images to caption", choices=["train", "val", "test"])
-    limit: int = flag(0, "only so many images, the first of the split; 0: all")
+    limit: int = flag(0, "caption only this many images, the first of the split; 0: all", min=0)
     shuffle_images: bool = flag(False, "control: also caption each image while looking at another one")
-    worst: int = flag(0, "list so many captions, those with the lowest CIDEr, with their own scores")
+    worst: int = flag(0, "list this many captions, those with the lowest CIDEr, and their scores", min=0)
     grid: str | None = flag(None, f"draw the --worst pictures, or the first {DRAWN}, with their captions",
                             metavar="PNG")
     save_predictions: str | None = flag(None, "write the captions as COCO results", metavar="FILE")
-    json: str | None = flag(None, "write the results; to stdout, instead of the table, when FILE is left out",
+    json: str | None = flag(None, "write the results; to stdout, instead of the table, if FILE is left out",
                             metavar="FILE", const="-")
-    weights: str | None = flag(None, "one more folder to look for the frozen backbones in", metavar="DIR")
-    batch_size: int = flag(32, "images captioned at once")
-    compile: bool = flag(False, "GPU: decode with CUDA graphs, recorded at first use; pays for many pictures")
-    int8: bool = flag(False, "CPU: bfloat16, GPT-2's weights rounded to 8 bits: less exact; faster, but not "
-                             "with beams or many pictures at once")
-    seed: int = flag(0, "of sampling")
-    dtype: str = flag("auto", "auto: float32 on the CPU, the checkpoint's own on a GPU", choices=cli.DTYPES)
-    device: str = flag("auto", "auto: the GPU where there is one", choices=cli.DEVICES)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.int8 and self.dtype not in ("auto", "bfloat16", "bf16"):
-            raise UserError(f"--int8 computes in bfloat16: leave --dtype {self.dtype} out")
-        for name, low in dict(limit=0, worst=0, batch_size=1).items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least {low}")
-        for name in ("json", "save_predictions", "grid"):
-            file, option = getattr(self, name), "--" + name.replace("_", "-")
-            if file is None or (name, file) == ("json", "-"):
-                continue
-            if os.path.isdir(file) or not Path(file).parent.is_dir():
-                raise UserError(f"{option} {file} is a folder, or in one that does not exist: name a file")
-            if file == self.predictions:
-                raise UserError(f"{option} {file} would write over the predictions: name another file")
+        cli.check_outputs(self, "json", "save_predictions", "grid")
+        for name in ("json", "save_predictions"):
+            if getattr(self, name) not in (None, "-") and getattr(self, name) == self.predictions:
+                raise UserError(f"--{name} {self.predictions} would overwrite the predictions: "
+                                "name another file")
         if self.grid:
             figures.picture_format(self.grid)
 
@@ -88,11 +70,12 @@ class EvaluateConfig(DecodingConfig):
 
 
 @torch.inference_mode()
-def caption(model, data, images, seen, config, blind=False):
+def caption_images(model: VisionGPT, data: CaptionSet, images: np.ndarray, seen: np.ndarray,
+                   config: EvaluateConfig, blind: bool = False) -> tuple[list[str], dict[str, float]]:
     """Caption `images` while looking at the pictures `seen`, the same or others; `blind`: at plain grey.
 
-    Returns the texts and a dict: loss and perplexity of all reference captions of `images`, under the
-    same looks, share of captions that came to an end, speed. Raises UserError when the loss overflows.
+    Returns the texts and a dict: loss and perplexity of all reference captions of `images`, looking at the
+    same pictures, the share of captions that came to an end, speed. Raises UserError if the loss overflows.
     """
     vit, prompt = model.config.vit, model.require_tokenizer().encode(config.prompt)
     generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
@@ -104,10 +87,10 @@ def caption(model, data, images, seen, config, blind=False):
         rows, _ = model.generate_tokens(config, prompt, visual=visual, generator=generator)
         seconds += time.monotonic() - began                          # of captioning alone, without the loss
         texts += [model.tokenizer.decode(prompt + row).strip() for row in rows]
-        ended += sum(len(row) < config.max_length for row in rows)   # the end token counts there, but is cut
-        references, image = data.rows(images[part])
-        tokens, targets = (t.to(model.device) for t in pad_captions(references, model.eos_id))
-        loss += model.loss(tokens, visual, targets, torch.tensor(image), reduction="sum").item()
+        ended += sum(len(row) < config.max_length for row in rows)   # rows lack their end token
+        packed = pack_captions(data.caption_tokens(images[part]), model.eos_id)
+        tokens, targets, positions = (t.to(model.device) for t in packed)
+        loss += model.loss(tokens, visual, targets, positions, reduction="sum").item()
         count += int((targets != -100).sum())
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} in {visual.dtype}: use --dtype float32")
@@ -115,15 +98,11 @@ def caption(model, data, images, seen, config, blind=False):
                    "ended_by_end_token": ended / len(texts), "captions_per_s": len(texts) / seconds}
 
 
-def run_model(config):
-    """The set, its images, and {"real": what `caption` returns, "shuffled": the same as a control}."""
+def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str, tuple]]:
+    """The set, its images, and {"real": what `caption_images` returns, "shuffled": the same as a control}."""
     folder = config.checkpoint or checkpoint.find_checkpoint()
     trained = checkpoint.read_config(folder).get("training") or {}
-    dtype = torch.bfloat16 if config.int8 else cli.pick_dtype(config.dtype)
-    model = VisionGPT.from_pretrained(folder, config.device, dtype, config.weights)
-    fast.pack(model.requires_grad_(False), config.int8)
-    if config.compile:
-        fast.record(model)
+    model = load_model(folder, config)
     data = CaptionSet(config.data or trained.get("data") or DATA, model.require_tokenizer())
     images = data.split(config.split)[: config.limit or None]
     if config.shuffle_images and len(images) < 2:
@@ -131,21 +110,21 @@ def run_model(config):
     blind = trained.get("blind", False)
     print(f"{folder} captions {len(images):,} {config.split} images of {data.folder}"
           f"{', blind as it was trained' if blind else ''}", file=sys.stderr)
-    written = {"real": caption(model, data, images, images, config, blind)}
+    written = {"real": caption_images(model, data, images, images, config, blind)}
     if config.save_predictions:
-        write_json(config.save_predictions, [
-            {"image_id": data.image_ids[i], "caption": text, "image": data.names[i]}
-            for i, text in zip(images, written["real"][0])])
+        predictions = [{"image_id": data.image_ids[i], "caption": text, "image": data.names[i]}
+                       for i, text in zip(images, written["real"][0])]
+        cli.write_text(config.save_predictions, json.dumps(predictions, indent=0))
     if config.shuffle_images:
         others = np.roll(images, len(images) // 2)                   # far away: neighbours may look alike
-        written["shuffled"] = caption(model, data, images, others, config, blind)
+        written["shuffled"] = caption_images(model, data, images, others, config, blind)
     return data, images, written
 
 
-def read_predictions(config):
+def read_predictions(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str, tuple]]:
     """What `run_model` returns, from a file of {image or image_id, caption} entries.
 
-    `image` is a name in the set, also with folders before it; `image_id` one of its ids, or a name.
+    `image` is a name in the set, folders before it are ignored; `image_id` is one of its ids, or a name.
     Raises UserError unless every image has one caption; only those past --limit may lack it.
     """
     file, data = config.predictions, CaptionSet(config.data or DATA)
@@ -156,9 +135,9 @@ def read_predictions(config):
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{file} is no JSON: {error}") from None
+        raise UserError(f"{file} is not JSON: {error}") from None
     if not isinstance(entries, list):
-        raise UserError(f'{file} holds no list: it must be [{{"image": name, "caption": text}}, ...]')
+        raise UserError(f'{file} does not hold a list: it must be [{{"image": name, "caption": text}}, ...]')
     names = {name: i for i, name in enumerate(data.names)}
     ids = {str(image_id): i for i, image_id in enumerate(data.image_ids)}
     texts = {}
@@ -173,14 +152,14 @@ def read_predictions(config):
         if image in texts:
             raise UserError(f"{file}, entry {number}: a second caption of {key}; give each image one")
         texts[image] = entry["caption"]
-    foreign = sorted(data.names[i] for i in texts.keys() - set(split.tolist()))
+    foreign = [data.names[i] for i in sorted(texts.keys() - set(split.tolist()))]
     if foreign:
         raise UserError(f"{len(foreign)} of the {len(texts)} images in {file} are outside the {config.split} "
-                        f"split of {data.folder}, such as {foreign[0]}; leave them out or name its --split")
+                        f"split of {data.folder}, such as {foreign[0]}; remove them, or choose their --split")
     missing = [data.names[i] for i in images if i not in texts]
     if missing:
         raise UserError(f"{file} has no caption for {len(missing)} of {len(images)} {config.split} images, "
-                        f"such as {missing[0]}; --limit N scores the first N of the split alone")
+                        f"such as {missing[0]}; --limit N scores only the first N of the split")
     return data, images, {"real": ([texts[i] for i in images], {})}
 
 
@@ -188,8 +167,8 @@ def read_predictions(config):
 # scores
 
 
-def measure(texts, data, images):
-    """Score one caption for each of `images`: (a dict of numbers, {name: list of one number an image})."""
+def measure(texts: list[str], data: CaptionSet, images: np.ndarray) -> tuple[dict, dict[str, list]]:
+    """Score one caption for each of `images`: a dict of numbers, and {name: list of a number per image}."""
     references = [data.references(i) for i in images]
     corpus, per_image = score(texts, references)
     column = {"images": len(images), "references": sum(map(len, references)), **corpus,
@@ -203,25 +182,23 @@ def measure(texts, data, images):
     return column, per_image
 
 
-def table(columns):
-    """{"real": {name: number}, "shuffled": ...} -> the lines of a table, a row for each name."""
-    if len(columns) > 1:
-        yield f"{'':20}" + "".join(f"{title:>12}" for title in columns)
-    for name, value in columns["real"].items():
-        if value is None:
-            yield f"{name:20}  not measured: it needs java and pip install pycocoevalcap"
-        else:
-            values = [column[name] for column in columns.values()]
-            yield f"{name:20}" + "".join(f"{v:12,}" if isinstance(v, int) else f"{v:12,.4f}" for v in values)
+def table(columns: dict[str, dict]) -> str:
+    """{"real": {name: number}, "shuffled": ...} -> a line for each name, the titles above."""
+    lines = [f"{'':20}" + "".join(f"{title:>12}" for title in columns)] if len(columns) > 1 else []
+    for name in columns["real"]:
+        values = [column[name] for column in columns.values()]
+        line = "".join(f"{v:12,}" if isinstance(v, int) else f"{v:12,.4f}" for v in values if v is not None)
+        lines.append(f"{name:20}{line or '  not measured: it needs java and pip install pycocoevalcap'}")
+    return "\n".join(lines)
 
 
-def main(args=None):
+def main(args: list[str] | None = None) -> None:
     given = cli.parse(EvaluateConfig, __doc__, args)
     config = EvaluateConfig(**given)
     of_model = sorted(given.keys() - WITHOUT_MODEL)
     if config.predictions and of_model:
-        raise UserError(f"--{of_model[0].replace('_', '-')} is for a model, and --predictions uses none: "
-                        "leave one of them out")
+        raise UserError(f"--{of_model[0].replace('_', '-')} needs a model, but --predictions uses none: "
+                        "leave out one of them")
     try:
         data, images, written = read_predictions(config) if config.predictions else run_model(config)
     except torch.OutOfMemoryError:
@@ -233,19 +210,15 @@ def main(args=None):
     worst = [{"image": data.names[images[k]], "caption": texts[k], "references": data.references(images[k]),
               **{name: values[k] for name, values in per_image.items()}} for k in order]
 
-    sys.stdout.reconfigure(errors="backslashreplace")   # a sign that the console lacks must not end the run
-    real, *control = columns.values()
-    report = json.dumps(real | {"shuffled": c for c in control} | {"worst": worst}, indent=1)
-    if config.json == "-":
-        print(report)
-    else:
-        print("\n".join(table(columns)))
+    sys.stdout.reconfigure(errors="backslashreplace")   # a character the console lacks is not fatal
+    if config.json:
+        controls = {title: column for title, column in columns.items() if title != "real"}
+        cli.write_text(config.json, json.dumps(columns["real"] | controls | {"worst": worst}, indent=1))
+    if config.json != "-":
+        print(table(columns))
         for w in worst:
             scores = "  ".join(f"{name} {w[name]:.3f}" for name in ("CIDEr", "ROUGE_L", "Bleu_4"))
             print(f"{scores}  {w['image']}: {w['caption']}   (reference: {w['references'][0]})")
-        if config.json:
-            with cli.atomic(config.json) as temporary:
-                Path(temporary).write_text(report + "\n")
     if config.grid:
         drawn = order if config.worst else range(len(images))[:DRAWN]
         pictures = [Image.fromarray(data.images[images[k]]) for k in drawn]

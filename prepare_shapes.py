@@ -1,13 +1,13 @@
-"""Draw the built-in set: one to three coloured shapes a picture, five captions each. No download, seconds.
+"""Draw the built-in set: one to three coloured shapes a picture, five captions each. Needs no download.
 
     python prepare_shapes.py                                # -> data/shapes
     python prepare_shapes.py --train-scenes 2000 --seed 1 --out data/shapes-small
 
-A caption states everything: size, colour and shape of each object, and its place (one object) or the
-order or relation (two, three). Val and test are new in two ways. No arrangement of theirs (the same
-objects in the same order, or one at the same place) occurs in train. And the three kinds of object in
-HELD_OUT occur nowhere in train, though each size, colour and shape of theirs does, and each pair of
-these; two in five test scenes hold one.
+A caption states everything: the size, colour and shape of each object, and its place (one object) or their
+order or relation (two or three). What is tested was never trained on, in two ways. No arrangement in val or
+test (the same objects in the same order, or one object in the same place) occurs in train. And the three
+kinds of object in HELD_OUT occur nowhere in train, although each of their sizes, colours and shapes does, and
+each pair of these; two in five test scenes hold one.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 import data
 from lib import cli
 from lib.cli import UserError, flag
+from lib.scenes import COLUMN, ROW, place, true_captions
 from tokenizer import Tokenizer
 
 COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 20), "yellow": (245, 215, 30),
@@ -38,14 +39,7 @@ KINDS = list(itertools.product(SIZES, COLOURS, SHAPES))
 HELD_OUT = {("large", "red", "star"), ("small", "green", "square"), ("large", "blue", "circle")}
 
 JITTER = 0.015                                   # of a centre round its cell's; large neighbours stay apart
-PLACES = [["at the top left", "at the top", "at the top right"],
-          ["on the left", "in the middle", "on the right"],
-          ["at the bottom left", "at the bottom", "at the bottom right"]]
-ROW, COLUMN = "from left to right", "from top to bottom"
-RELATIONS = {ROW: [("left of", "to the left of"), ("right of", "to the right of")],   # first to second,
-             COLUMN: [("above", "over"), ("below", "under")]}                         # second to first
 OUTLINE = (30, 30, 30)                           # shows the shape whatever its colour
-NUMBERS = [None, "one shape", "two shapes", "three shapes"]
 VOCAB_SIZE = 512                                 # enough for every word to be one token
 
 
@@ -58,7 +52,7 @@ class ShapesConfig:
     seed: int = flag(0, "another seed draws other scenes")
 
 
-def random_scene(rng):
+def random_scene(rng: random.Random) -> dict:
     """A scene {arrangement, objects in the order of mention}; centres x, y in fractions from the top left.
 
     Each object has a cell of a 3x3 grid to itself; two or three share a row or a column: one axis rules.
@@ -67,21 +61,19 @@ def random_scene(rng):
     line, steps = rng.randrange(3), sorted(rng.sample(range(3), len(kinds)))
     in_row = rng.random() < 0.5
     cells = [(step, line) if in_row else (line, step) for step in steps]
-    arrangement = ROW if in_row else COLUMN
-    if len(kinds) == 1:
-        arrangement = PLACES[cells[0][1]][cells[0][0]]
     objects = []
     for (size, colour, shape), cell in zip(kinds, cells):
         x, y = (round((2 * i + 1) / 6 + rng.uniform(-JITTER, JITTER), 4) for i in cell)
         objects.append(dict(size=size, colour=colour, shape=shape, x=x, y=y))
+    arrangement = place(objects[0]) if len(kinds) == 1 else ROW if in_row else COLUMN
     return dict(arrangement=arrangement, objects=objects)
 
 
-def kinds_of(scene):
+def kinds_of(scene: dict) -> list[tuple[str, str, str]]:
     return [(o["size"], o["colour"], o["shape"]) for o in scene["objects"]]
 
 
-def split_of(scene):
+def split_of(scene: dict) -> str:
     """train, val or test: one for all scenes of an arrangement, and never train for a held-out kind."""
     kinds = kinds_of(scene)
     bucket = zlib.crc32(repr((scene["arrangement"], kinds)).encode()) % 10
@@ -90,23 +82,7 @@ def split_of(scene):
     return {0: "val", 1: "test"}.get(bucket, "train")
 
 
-def captions(scene):
-    """Every true wording that names the objects of the scene in their order; there are at least seven."""
-    where = scene["arrangement"]
-    things = [f"a {o['size']} {o['colour']} {o['shape']}" for o in scene["objects"]]
-    listed = " and ".join(", ".join(things).rsplit(", ", 1))
-    openings = ["", "there is ", "here is ", "the picture shows ", f"{NUMBERS[len(things)]}: "]
-    verbs = ["there is", "we see"]
-    texts = [f"{opening}{listed} {where}" for opening in openings]
-    texts += [f"{where} {verb} {listed}" for verb in verbs]
-    if len(things) == 2:
-        (first, second), (forward, backward) = things, RELATIONS[where]
-        texts += [f"{opening}{first} {relation} {second}" for opening in openings for relation in forward]
-        texts += [f"{relation} {first} {verb} {second}" for relation in backward for verb in verbs]
-    return texts
-
-
-def draw(scene, size, rng):
+def draw(scene: dict, size: int, rng: random.Random) -> np.ndarray:
     """The picture (size, size, 3) uint8 of a scene: flat colours with dark outlines on a pale ground."""
     scale = 4 * size                                 # drawn four times as large, then averaged
     line = dict(outline=OUTLINE, width=scale // 60)
@@ -122,7 +98,7 @@ def draw(scene, size, rng):
     return np.asarray(image.reduce(4))
 
 
-def draw_scenes(config):
+def draw_scenes(config: ShapesConfig) -> dict[str, list[dict]]:
     """{"train", "val", "test": scenes}, drawn until each split is full; the same for the same seed."""
     rng = random.Random(config.seed)
     wanted = dict(train=config.train_scenes, val=config.eval_scenes, test=config.eval_scenes)
@@ -135,7 +111,7 @@ def draw_scenes(config):
     return scenes
 
 
-def prepare(config):
+def prepare(config: ShapesConfig) -> dict[str, int]:
     """Write the set to `config.out` and return its counts. Raises UserError for sizes that cannot be."""
     if min(config.train_scenes, config.eval_scenes) < 1:
         raise UserError("--train-scenes and --eval-scenes must be at least 1")
@@ -146,7 +122,8 @@ def prepare(config):
         indices[name] = list(range(len(scenes), len(scenes) + len(drawn)))
         scenes += drawn
     rng = random.Random(config.seed)
-    texts = [(i, text) for i, scene in enumerate(scenes) for text in rng.sample(captions(scene), 5)]
+    texts = [(i, text) for i, scene in enumerate(scenes)
+             for text in rng.sample(true_captions(scene["objects"]), 5)]
     pictures = (draw(scene, config.image_size, rng) for scene in cli.progress(scenes, "drawing"))
     data.write_images(config.out, pictures, config.image_size)
     with cli.atomic(os.path.join(config.out, "scenes.jsonl")) as path, open(path, "w") as file:

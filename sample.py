@@ -1,13 +1,13 @@
 """Caption pictures with a trained model.
 
     python sample.py dog.jpg                                      # prints the caption and nothing else
-    python sample.py photos/ "more/*.png" https://host/cat.jpg    # a line a picture: path, tab, caption
-    python sample.py - < dog.jpg                                  # the picture comes on stdin
+    python sample.py photos/ "more/*.png" https://host/cat.jpg    # a line for each: path, tab, caption
+    python sample.py - < dog.jpg                                  # reads the picture from stdin
     python sample.py dog.jpg --num-beams 5 --num-return-sequences 3
     python sample.py dog.jpg --attention look.png                 # where the model looked, word by word
     python sample.py photos/ --json captions.json --csv captions.csv --save grid.png
 
-Pictures come in natural order, img2 before img10. One that cannot be read is named on stderr, the others
+Pictures come in natural order, img2 before img10. One that cannot be read is reported on stderr, the others
 are captioned, and the exit status is 1.
 """
 
@@ -15,20 +15,28 @@ import csv
 import glob
 import http.client
 import io
+import itertools
 import json
 import os
 import re
 import sys
 import urllib.request
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ImageOps
+import torch
+from PIL import Image
 
+import fast
 from decoding import DecodingConfig
-from lib import cli, figures
+from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
+from lib.images import load_image, resize
+from model import VisionGPT
+from tokenizer import Tokenizer, pack_captions
 
 EXAMPLES = Path(__file__).parent / "assets/examples"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -37,62 +45,65 @@ DRAWN = 50                             # pictures at most on a sheet
 
 
 @dataclass
-class SampleConfig(DecodingConfig):
-    images: list[str] = flag(list, "files, folders (not their subfolders), glob patterns, URLs, - for stdin; "
-                             "else the pictures in assets/examples", metavar="IMAGE", positional=True)
-    checkpoint: str | None = flag(None, "checkpoint folder; else the newest under out/ that saw photographs, "
-                                  "weights/vision-gpt or assets/mini", metavar="DIR")
-    weights: str | None = flag(None, "one more folder to look for the frozen backbones in", metavar="DIR")
-    batch_size: int = flag(16, "pictures captioned at once")
-    compile: bool = flag(False, "GPU: decode with CUDA graphs, recorded at first use; pays for many pictures")
-    int8: bool = flag(False, "CPU: bfloat16, GPT-2's weights rounded to 8 bits: less exact; faster, but not "
-                             "with beams or many pictures at once")
-    seed: int = flag(0, "of sampling: same seed, pictures, flags and batch size, same captions")
-    dtype: str = flag("auto", "auto: float32 on the CPU, the checkpoint's own on a GPU", choices=cli.DTYPES)
-    device: str = flag("auto", "auto: the GPU where there is one", choices=cli.DEVICES)
-    json: str | None = flag(None, "write a list of {image, caption, score}; to stdout when FILE is left out",
+class CaptionerConfig(DecodingConfig):
+    """A trained model, and how it captions: what sample.py and evaluate.py share."""
+    checkpoint: str | None = flag(None, "checkpoint folder; default: the newest in out/ trained on photos, "
+                                  "or weights/vision-gpt, or assets/mini", metavar="DIR")
+    weights: str | None = flag(None, "another folder with the frozen backbones", metavar="DIR")
+    batch_size: int = flag(16, "pictures captioned at once", min=1)
+    int8: bool = flag(False, "CPU: bfloat16, and GPT-2's weights in 8 bits: less exact; faster, but not with "
+                             "beams or many pictures at once")
+    seed: int = flag(0, "for sampling: the same seed, pictures, flags and batch size give the same captions")
+    dtype: str = flag("auto", "auto: float32 on a CPU, the checkpoint's own on a GPU", choices=cli.DTYPES)
+    device: str = flag("auto", "auto: the GPU if there is one", choices=cli.DEVICES)
+
+
+def load_model(folder: str | os.PathLike, config: CaptionerConfig) -> VisionGPT:
+    dtype = cli.pick_dtype(config.dtype, config.int8)
+    model = VisionGPT.from_pretrained(folder, config.device, dtype, config.weights)
+    return fast.pack(model.requires_grad_(False), config.int8)
+
+
+@dataclass
+class SampleConfig(CaptionerConfig):
+    images: list[str] = flag(list, "files, folders (without subfolders), glob patterns, URLs, - for stdin; "
+                             "default: the pictures in assets/examples", metavar="IMAGE", positional=True)
+    json: str | None = flag(None, "write a list of {image, caption, score}; to stdout if FILE is left out",
                             metavar="FILE", const="-")
     csv: str | None = flag(None, "write a table with the columns image and caption", metavar="FILE")
     save: str | None = flag(None, f"draw the first {DRAWN} pictures with their captions", metavar="PNG")
     attention: str | None = flag(None, "draw where the model looked for each word of the first caption of "
                                  f"the first {DRAWN} pictures", metavar="PNG")
-    attention_layer: int | None = flag(None, "draw cross-attention before this block of GPT-2; else the mean")
+    attention_layer: int | None = flag(None, "draw cross-attention before this block of GPT-2, not the mean")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.int8 and self.dtype not in ("auto", "bfloat16", "bf16"):
-            raise UserError(f"--int8 computes in bfloat16: leave --dtype {self.dtype} out")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}, but must be at least 1")
+        cli.check_outputs(self, "json", "csv", "save", "attention")
         for name in ("json", "csv", "save", "attention"):
             file = getattr(self, name)
-            if file is None or (name, file) == ("json", "-"):
-                continue
-            if file in self.images or name in ("json", "csv") and Path(file).suffix.lower() in SUFFIXES:
+            if file in self.images or name in ("json", "csv") and Path(file or "").suffix.lower() in SUFFIXES:
                 raise UserError(f"--{name} {file} is a picture: name the pictures before --{name}")
-            if name in ("save", "attention"):
-                figures.picture_format(file)
-            if os.path.isdir(file) or not Path(file).parent.is_dir():
-                raise UserError(f"--{name} {file} is a folder or in none: name a file in an existing one")
+        for file in filter(None, (self.save, self.attention)):
+            figures.picture_format(file)
 
 
 @dataclass
 class Picture:
     source: str                        # path, URL or -
     error: str = ""                    # why it could not be read
-    pixels: object = None              # PIL image as the model sees it
-    shown: object = None               # PIL image to draw with, when it will be drawn
-    captions: tuple = ()
-    scores: tuple = ()
-    tokens: tuple = ()                 # of the first caption, without the prompt's
+    pixels: Image.Image | None = None  # as the model sees it, until it is captioned
+    shown: Image.Image | None = None   # larger, if it is to be drawn
+    captions: list[str] = ()
+    scores: list[float] = ()
+    sheet: Image.Image | None = None   # where the model looked, if that is to be drawn
 
 
 # --------------------------------------------------------------------------------------------------
-# pictures
+# find and read pictures
 
 
-def find_pictures(args):
-    """Files, folders, patterns, URLs, - -> sources in natural order, and a line on each that is not there."""
+def find_pictures(args: list[str]) -> tuple[list[str], list[str]]:
+    """Files, folders, patterns, URLs, - -> sources in natural order, and a line for each that is missing."""
     found, missing = [], []
     for arg in args:
         if arg == "-" or is_url(arg) or os.path.isfile(arg):
@@ -104,95 +115,124 @@ def find_pictures(args):
         found += names
         if not names:
             missing.append(f"{arg}: {'no pictures in this folder' if folder else 'no such picture'}")
-    return sorted(found, key=natural), missing
+    return sorted(found, key=natural_key), missing
 
 
-def natural(name):
+def natural_key(name: str) -> tuple[list, str]:
     """Sorts img2 before img10."""
     return [int(part) if i % 2 else part.lower() for i, part in enumerate(re.split(r"(\d+)", name))], name
 
 
-def is_url(source):
+def is_url(source: str) -> bool:
     return source.lower().startswith(("http://", "https://"))
 
 
-def load(source, size, draw):
-    """Read a Picture; one that cannot be read has an `error` and nothing else."""
-    from lib.images import load_image, resize
+def read_picture(source: str, size: int, draw: bool) -> Picture:
+    """Read and resize one picture; if it cannot be read, the Picture has an `error` and nothing else."""
     try:
         image = load_image(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else
-                           io.BytesIO(fetch(source)) if is_url(source) else source)
+                           io.BytesIO(read_url(source)) if is_url(source) else source)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = re.sub("<_io.BytesIO.*?>", source, str(error))
+        reason = re.sub("<_io.BytesIO.*?>", lambda _: source, str(error))
         return Picture(source, reason if source in reason else f"cannot read the picture {source}: {reason}")
-    return Picture(source, "", resize(image, size), ImageOps.contain(image, (448, 448)) if draw else None)
+    return Picture(source, "", resize(image, size), figures.fit(image, 448) if draw else None)
 
 
-def fetch(url):
-    """The bytes at `url`. Raises UserError when they are too many, and what urlopen raises."""
+def read_url(url: str) -> bytes:
+    """The bytes at `url`. Raises UserError if there are too many, and whatever urlopen raises."""
     request = urllib.request.Request(url, headers={"User-Agent": "vision-gpt"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        content = answer.read(LARGEST + 1)
+    with urllib.request.urlopen(request, timeout=20) as response:
+        content = response.read(LARGEST + 1)
     if len(content) > LARGEST:
         raise UserError(f"it has more than {LARGEST >> 20} MB")
     return content
 
 
+def read_pictures(sources: list[str], size: int, drawn: int, ahead: int) -> Iterator[Picture]:
+    """Each source in turn, read by threads while the model works, at most `ahead` of them in advance."""
+    pool, waiting = ThreadPoolExecutor(8), deque()
+    try:
+        for i, source in enumerate(sources):
+            waiting.append(pool.submit(read_picture, source, size, i < drawn))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 # --------------------------------------------------------------------------------------------------
-# captions
+# caption pictures
 
 
-def caption(model, pictures, config, generator=None):
-    """Give each of a batch of Pictures its captions, scores and tokens."""
-    images = model.preprocess([p.pixels for p in pictures])
-    prompt = model.require_tokenizer().encode(config.prompt)
-    tokens, scores = model.generate_tokens(config, prompt, images, generator=generator)
-    texts = [model.tokenizer.decode(prompt + row).strip() for row in tokens]
-    n = config.num_return_sequences
-    for i, p in enumerate(pictures):
-        rows = slice(i * n, (i + 1) * n)
-        p.captions, p.scores, p.tokens = texts[rows], scores[rows], tokens[i * n]
+def caption_pictures(model: VisionGPT, sources: list[str], config: SampleConfig) -> Iterator[Picture]:
+    """A Picture for each source in turn, captioned batch by batch; one that cannot be read has an `error`."""
+    generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
+    prompt, n = model.require_tokenizer().encode(config.prompt), config.num_return_sequences
+    drawn = DRAWN if config.save or config.attention else 0
+    pictures = read_pictures(sources, model.config.vit.image_size, drawn, config.batch_size)
+    while batch := list(itertools.islice(pictures, config.batch_size)):
+        if readable := [p for p in batch if not p.error]:
+            images = model.preprocess([p.pixels for p in readable])
+            tokens, scores = model.generate_tokens(config, prompt, images, generator=generator)
+            texts = [model.tokenizer.decode(prompt + row).strip() for row in tokens]
+            for i, p in enumerate(readable):
+                p.captions, p.scores, p.pixels = texts[i * n : (i + 1) * n], scores[i * n : (i + 1) * n], None
+            if config.attention and readable[0].shown:
+                draw_attention(model, readable, images, prompt, tokens[::n], config.attention_layer)
+        yield from batch
 
 
-def attention_sheets(model, pictures, config):
-    """Where the model looked: a sheet for each of a batch of captioned Pictures."""
-    from attention import attention_maps, words
-    from tokenizer import pad_captions
-    prompt = model.tokenizer.encode(config.prompt)
-    tokens, _ = pad_captions([prompt + p.tokens for p in pictures], model.eos_id)
-    images = model.preprocess([p.pixels for p in pictures])
-    maps = attention_maps(model, images, tokens, config.attention_layer)[:, len(prompt) :].numpy()
-    for p, own in zip(pictures, maps):
-        said = words(model.tokenizer, p.tokens)
-        yield figures.attention_sheet(p.shown, [w for w, _ in said], [own[at].mean(0) for _, at in said])
+def draw_attention(model: VisionGPT, pictures: list[Picture], images: torch.Tensor, prompt: list[int],
+                   captions: list[list[int]], layer: int | None) -> None:
+    """Give each Picture that is to be drawn a sheet that shows where the model looked for each word."""
+    tokens, _, _ = pack_captions([[prompt + caption] for caption in captions], model.eos_id)
+    maps = model.attention_maps(images, tokens, layer)[:, len(prompt) :].numpy()
+    for p, caption, of_tokens in zip(pictures, captions, maps):
+        if p.shown:
+            words = caption_words(model.tokenizer, caption)
+            of_words = [of_tokens[positions].mean(0) for _, positions in words]
+            p.sheet = figures.attention_sheet(p.shown, [word for word, _ in words], of_words)
 
 
-def write(pictures, sheets, config):
+def caption_words(tokenizer: Tokenizer, tokens: list[int]) -> list[tuple[str, list[int]]]:
+    """[(word, its positions in `tokens`)]; a word begins with a space or with one of . , ! ? : ;"""
+    words = []
+    for position, token in enumerate(tokens):
+        text = tokenizer.encoding.decode_single_token_bytes(token)
+        if not words or text[:1] in b" .,!?:;":
+            words.append((b"", []))
+        word, positions = words[-1]
+        words[-1] = word + text, [*positions, position]
+    return [(word.decode(errors="replace").strip(), positions) for word, positions in words]
+
+
+# --------------------------------------------------------------------------------------------------
+# write
+
+
+def write_outputs(config: SampleConfig, captioned: list[Picture]) -> None:
     """The files that the flags ask for."""
     if config.json:
         if config.num_return_sequences > 1:
-            records = [dict(image=p.source, captions=p.captions, scores=p.scores) for p in pictures]
+            records = [dict(image=p.source, captions=p.captions, scores=p.scores) for p in captioned]
         else:
-            records = [dict(image=p.source, caption=p.captions[0], score=p.scores[0]) for p in pictures]
-        text = json.dumps(records, indent=1)
-        if config.json == "-":
-            print(text)
-        else:
-            with cli.atomic(config.json) as path:
-                Path(path).write_text(text + "\n")
+            records = [dict(image=p.source, caption=p.captions[0], score=p.scores[0]) for p in captioned]
+        cli.write_text(config.json, json.dumps(records, indent=1))
     if config.csv:
-        rows = [("image", "caption"), *((p.source, text) for p in pictures for text in p.captions)]
         with cli.atomic(config.csv) as path, open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-    drawn = [p for p in pictures if p.shown]
+            rows = [(p.source, text) for p in captioned for text in p.captions]
+            csv.writer(file).writerows([("image", "caption"), *rows])
+    drawn = [p for p in captioned if p.shown]
     if config.save and drawn:
         texts = ["\n".join(p.captions) for p in drawn]
         figures.save(figures.contact_sheet([p.shown for p in drawn], texts), config.save)
     if config.attention and drawn:
-        figures.save(figures.stack(sheets), config.attention)
+        figures.save(figures.stack([p.sheet for p in drawn]), config.attention)
 
 
-def main(args=None):
+def main(args: list[str] | None = None) -> int:
     config = SampleConfig(**cli.parse(SampleConfig, __doc__, args))
     if not config.images and not EXAMPLES.is_dir():
         raise UserError("name a picture, as in python sample.py dog.jpg; see --help")
@@ -201,61 +241,32 @@ def main(args=None):
         raise UserError("; ".join(missing))
     for line in missing:
         print(line, file=sys.stderr)
-
-    import torch  # slow to import: after what can go wrong without it
-
-    import fast
-    from data import load_ahead
-    from lib import checkpoint
-    from model import VisionGPT
     folder = config.checkpoint or checkpoint.find_checkpoint()
     if not config.checkpoint:
         print(f"checkpoint: {folder}", file=sys.stderr)
-    dtype = torch.bfloat16 if config.int8 else cli.pick_dtype(config.dtype)
-    model = VisionGPT.from_pretrained(folder, config.device, dtype, config.weights)
-    fast.pack(model.requires_grad_(False), config.int8)
-    if config.compile:
-        fast.record(model)
-    generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
-    size, drawn = model.config.vit.image_size, DRAWN if config.save or config.attention else 0
-    if len(sources) > drawn > 0:
-        print(f"of {len(sources)} pictures the first {drawn} will be drawn", file=sys.stderr)
-    prefix = "" if len(sources) == 1 and sources == config.images else "{}\t"
-    sys.stdout.reconfigure(errors="backslashreplace")   # a sign that the console lacks must not end the run
+    if (config.save or config.attention) and len(sources) > DRAWN:
+        print(f"only the first {DRAWN} of {len(sources)} pictures will be drawn", file=sys.stderr)
+    sys.stdout.reconfigure(errors="backslashreplace")       # a character the console lacks is not fatal
 
-    pictures, sheets, failed = [], [], bool(missing)
-    with ThreadPoolExecutor(8) as readers:              # reads the next batch while the model works
-        def read_batch(start):
-            numbers = range(start, min(start + config.batch_size, len(sources)))
-            return list(readers.map(lambda n: load(sources[n], size, n < drawn), numbers))
-
-        starts = range(0, len(sources), config.batch_size)
-        batches = load_ahead(read_batch, starts)
-        if config.json == "-" or not sys.stdout.isatty():     # on a console the captions are the progress
-            batches = cli.progress(batches, "captioning", len(starts), " batches")
-        try:
-            for batch in batches:
-                for p in (p for p in batch if p.error):
-                    print(p.error, file=sys.stderr)
-                    failed = True
-                batch = [p for p in batch if not p.error]
-                if not batch:
-                    continue
-                caption(model, batch, config, generator)
-                if config.json != "-":
-                    for p, text in ((p, text) for p in batch for text in p.captions):
-                        print(prefix.format(p.source) + " ".join(text.split()))
-                    sys.stdout.flush()
-                if config.attention and batch[0].shown:
-                    sheets += attention_sheets(model, [p for p in batch if p.shown], config)
-                for p in batch:
-                    p.pixels = None                         # of 100,000 pictures the words alone are kept
-                pictures += batch
-        except torch.OutOfMemoryError:
-            raise UserError(f"out of memory: lower --batch-size ({config.batch_size})") from None
-        finally:                                        # what was captioned is not lost
-            write(pictures, sheets, config)
-    return int(failed)
+    pictures = caption_pictures(load_model(folder, config), sources, config)
+    if config.json == "-" or not sys.stdout.isatty():       # on a terminal the captions are the progress
+        pictures = cli.progress(pictures, "captioning", len(sources), " pictures")
+    captioned, failed, alone = [], len(missing), len(sources) == 1 and sources == config.images
+    try:
+        for p in pictures:
+            if p.error:
+                print(p.error, file=sys.stderr)
+                failed += 1
+                continue
+            for text in p.captions if config.json != "-" else ():
+                print(("" if alone else f"{p.source}\t") + " ".join(text.split()), flush=True)
+            if config.json or config.csv or p.shown:
+                captioned.append(p)
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory: lower --batch-size ({config.batch_size})") from None
+    finally:                                                # what has been captioned is not lost
+        write_outputs(config, captioned)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from data import CaptionSet, ImageInputs, clean_caption, collate, epoch_batches,
 from gpt2 import GPT2Config
 from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
-from lib.metrics import judge
 from lib.runs import RUN_FILES, Log, cpu_threads, peak_memory, run_folder, stop_signal
+from lib.scenes import judge
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from tokenizer import Tokenizer

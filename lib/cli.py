@@ -1,4 +1,4 @@
-"""What the scripts share: flags from a dataclass, the user's error, progress, files, device and dtype."""
+"""What the scripts share: flags from a dataclass, user errors, progress, output files, device and dtype."""
 
 import argparse
 import contextlib
@@ -6,20 +6,30 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import time
 import typing
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO
 
 
 class UserError(ValueError):
-    """Something the caller can mend: one readable sentence that says what is wrong and what to do."""
+    """Something the caller can fix: one readable sentence that says what is wrong and what to do."""
+
+
+def printable(text: str) -> str:
+    """Text from outside on one line: line breaks, control characters and bytes that are not UTF-8 escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --------------------------------------------------------------------------------------------------
 # flags
 
 
-def flag(default, help, choices=None, metavar=None, positional=False, const=None, min=None, max=None):
+def flag(default, help: str, choices: list[str] | None = None, metavar: str | None = None,
+         positional: bool = False, const=None, min: float | None = None, max: float | None = None):
     """A dataclass field that is also a command-line flag.
 
     A callable default (list, dict) is called for each instance. With `const` the flag may come without a
@@ -47,36 +57,30 @@ class Parser(argparse.ArgumentParser):
     """argparse that takes --a_b for --a-b, never abbreviates, and names the nearest valid flag or value."""
 
     def parse_args(self, args=None):
-        args = [self._dashes(a) for a in (sys.argv[1:] if args is None else args)]
+        args = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), arg)
+                for arg in (sys.argv[1:] if args is None else args)]
         known, unknown = self.parse_known_intermixed_args(args)      # positionals may stand between flags
         if unknown:
             name = unknown[0].split("=")[0]
             self.error(f"unknown argument {name}{nearest(name, self._option_string_actions)}; see --help")
         return known
 
-    def _dashes(self, arg):
-        if not arg.startswith("--"):
-            return arg
-        name, equals, value = arg.partition("=")
-        return name.replace("_", "-") + equals + value
-
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            choices = [str(c) for c in action.choices]
-            meant = nearest(value, choices)
-            raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(choices)}{meant}")
+            choices = ", ".join(action.choices) + nearest(value, action.choices)
+            raise argparse.ArgumentError(action, f"{value!r} is not one of {choices}")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def nearest(word, known):
+def nearest(word, known: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest known word, or nothing."""
     match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def parse(config_class, description, args=None):
+def parse(config_class, description: str, args: list[str] | None = None) -> dict:
     """Read the command line into a dict of the fields of `config_class` that were given, and no others."""
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,31 +88,25 @@ def parse(config_class, description, args=None):
     for field in dataclasses.fields(config_class):
         if "help" not in field.metadata:
             continue
-        meta, kind = field.metadata, types[field.name]
+        meta, kind, option = field.metadata, types[field.name], "--" + field.name.replace("_", "-")
+        kind, is_list = (typing.get_args(kind) or [kind])[0], typing.get_origin(kind) is list
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         text = meta["help"] if default in (None, "", []) else f"{meta['help']} [{default}]"
-        text = text.replace("%", "%%")
-        members = [t for t in typing.get_args(kind) if t is not type(None)]       # `float | None` -> float
-        is_list = typing.get_origin(kind) is list
-        base = members[0] if members else kind
+        settings = dict(help=text.replace("%", "%%"), metavar=meta["metavar"])
         if meta["positional"]:
-            parser.add_argument(field.name, nargs="*", help=text, metavar=meta["metavar"])
-            continue
-        option = "--" + field.name.replace("_", "-")
-        if base is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(field.name, nargs="*", **settings)
+        elif kind is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=settings["help"])
         elif meta["const"] is not None:
-            parser.add_argument(option, type=base, nargs="?", const=meta["const"],
-                                help=text, metavar=meta["metavar"])
+            parser.add_argument(option, type=kind, nargs="?", const=meta["const"], **settings)
         else:
-            parser.add_argument(option, type=base, action="extend" if is_list else "store",
-                                nargs="+" if is_list else None, choices=meta["choices"],
-                                help=text, metavar=meta["metavar"])
+            parser.add_argument(option, type=kind, choices=meta["choices"], nargs="+" if is_list else None,
+                                action="extend" if is_list else "store", **settings)
     return vars(parser.parse_args(args))
 
 
-def run(main):
-    """Call `main()` and exit; what the user can mend is one line on stderr and exit status 1."""
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main()` and exit with its status; what the user can fix is one line on stderr and status 1."""
     try:
         status = main()
         sys.stdout.flush()
@@ -116,7 +114,7 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                      # the reader of our stdout went away, as in `... | head`
+    except BrokenPipeError:                      # whoever read our stdout is gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:        # OSError: no space left, no permission
@@ -128,7 +126,7 @@ def run(main):
 # progress and files
 
 
-def progress(items, label, total=None, unit=""):
+def progress(items: Iterable, label: str, total: int | None = None, unit: str = "") -> Iterator:
     """Yield from `items`; once two seconds have passed, show count and time left on stderr."""
     total = len(items) if total is None else total
     start = last = time.monotonic()
@@ -146,7 +144,7 @@ def progress(items, label, total=None, unit=""):
         print(f"\r{label} {total}/{total}{unit}, took {clock(time.monotonic() - start)}   ", file=sys.stderr)
 
 
-def clock(seconds):
+def clock(seconds: float) -> str:
     """Seconds as a person reads them: 42 s, 3:07 min, 1:02 h."""
     seconds = round(seconds)
     if seconds < 60:
@@ -156,7 +154,7 @@ def clock(seconds):
 
 
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path) -> Iterator[str]:
     """Yield a temporary path beside `path`; rename it there if the block ends well, else remove it."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -167,7 +165,25 @@ def atomic(path):
             os.remove(temporary)
 
 
-def lock(file, refusal):
+def write_text(path: str, text: str) -> None:
+    """Write a file whole or not at all; "-" is stdout."""
+    if path == "-":
+        print(text)
+        return
+    with atomic(path) as temporary:
+        Path(temporary).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def check_outputs(config, *names: str) -> None:
+    """Raise UserError if one of these fields of `config` names a file that cannot be written."""
+    for name in names:
+        file = getattr(config, name)
+        if file not in (None, "-") and (os.path.isdir(file) or not Path(file).parent.is_dir()):
+            raise UserError(f"--{name.replace('_', '-')} {file} is a folder, or in one that does not exist: "
+                            "name a file in an existing folder")
+
+
+def lock(file: IO, refusal: str) -> None:
     """Hold an open file for this process alone until closed. Raises UserError(refusal) if another does."""
     try:
         import fcntl
@@ -187,19 +203,21 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
 
 
 def pick_device(name="auto"):
-    """'auto' is the GPU where there is one; raises UserError when the device asked for is not there."""
+    """The torch device of a name; 'auto' is the GPU if there is one. Raises UserError if it is not there."""
     import torch
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(d for d in ("cuda", "mps", "cpu") if has[d])
-    kind = str(name).split(":")[0]
-    if not has.get(kind):
+    if not has.get(str(name).split(":")[0]):
         raise UserError(f"device {name!r} is not available here; use --device cpu or auto")
     return torch.device(name)
 
 
-def pick_dtype(name):
-    """The torch dtype of a name, or None for 'auto'; short names (fp32, fp16, bf16) are accepted."""
+def pick_dtype(name: str, int8: bool = False):
+    """The torch dtype of a name, long or short (bf16), or None for 'auto'; int8 weights go with bfloat16."""
     import torch
     names = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return names[name] if name in names else getattr(torch, name)
+    dtype = names[name] if name in names else getattr(torch, name)
+    if int8 and dtype not in (None, torch.bfloat16):
+        raise UserError(f"--int8 computes in bfloat16: leave out --dtype {name}")
+    return torch.bfloat16 if int8 else dtype

@@ -1,5 +1,6 @@
-"""What people would rather see than read: captioned pictures, loss curves, where the model looked."""
+"""Drawings with Pillow alone: captioned pictures, loss curves, where the model looked."""
 
+import itertools
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -16,24 +17,24 @@ HEAT = np.array([(10, 5, 60), (110, 25, 150), (220, 55, 110), (255, 140, 50), (2
 WIDER_FONTS = "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf", "NotoSans-Regular.ttf"
 
 
-def save(image, path):
-    """Write a picture; `path` says the format. Raises UserError when it says none that Pillow writes."""
+def save(image: Image.Image, path) -> None:
+    """Write a picture in the format that `path` names. Raises what `picture_format` does."""
     form = picture_format(path)
     with atomic(path) as temporary:
         image.save(temporary, format=form)
 
 
-def picture_format(path):
-    """Pillow's name of the format of `path`. Raises UserError when it is none that Pillow writes."""
+def picture_format(path) -> str:
+    """Pillow's name for the format of `path`. Raises UserError if Pillow cannot write it."""
     form = Image.registered_extensions().get(Path(path).suffix.lower())
     if form not in Image.SAVE:
-        raise UserError(f"{path} names no picture format to write; call it {Path(path).stem}.png")
+        raise UserError(f"{path} does not name a picture format; call it {Path(path).stem}.png")
     return form
 
 
 @lru_cache
-def font(size, ascii=True):
-    """Pillow's own font, which has little beyond ASCII; for more one of the system's, where it has one."""
+def font(size: int, ascii: bool = True):
+    """Pillow's own font, or, as that has little beyond ASCII, one of the system's if there is one."""
     for name in () if ascii else WIDER_FONTS:
         try:
             return ImageFont.truetype(name, size)
@@ -42,7 +43,7 @@ def font(size, ascii=True):
     return ImageFont.load_default(size)
 
 
-def wrap(text, face, width):
+def wrap(text: str, face, width: float) -> list[str]:
     """Break `text` into lines of at most `width` pixels: at spaces, and within words wider than that."""
     lines = []
     for paragraph in text.split("\n"):
@@ -64,9 +65,9 @@ def wrap(text, face, width):
 # captions
 
 
-def contact_sheet(images, texts, columns=4, tile=224, size=15):
+def contact_sheet(images: list[Image.Image], texts: list[str], columns: int = 4, tile: int = 224,
+                  size: int = 15) -> Image.Image:
     """PIL images, scaled to fit `tile` pixels, with the text of each wrapped below it."""
-    assert len(images) == len(texts), (len(images), len(texts))
     images = [fit(image, tile) for image in images]
     faces = [font(size, text.isascii()) for text in texts]
     lines = [wrap(text, face, tile) for text, face in zip(texts, faces)]
@@ -88,8 +89,8 @@ def contact_sheet(images, texts, columns=4, tile=224, size=15):
     return sheet
 
 
-def fit(image, tile):
-    """The picture in RGB, its longer side `tile` pixels long."""
+def fit(image: Image.Image, tile: int) -> Image.Image:
+    """The picture in RGB, scaled so that its longer side is `tile` pixels."""
     size = [max(1, round(side * tile / max(image.size))) for side in image.size]
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
@@ -98,7 +99,8 @@ def fit(image, tile):
 # loss curves
 
 
-def loss_curve(curves, title="", width=960, height=540):
+def loss_curve(curves: dict[str, list[tuple]], title: str = "", width: int = 960,
+               height: int = 540) -> Image.Image:
     """A line plot of {name: [(step, value), ...]}; values that are not finite leave a gap."""
     curves = {name: [(float(x), float(y)) for x, y in points] for name, points in curves.items()}
     finite = [point for points in curves.values() for point in points if math.isfinite(point[1])]
@@ -125,15 +127,15 @@ def loss_curve(curves, title="", width=960, height=540):
     canvas.line([left, bottom, right, bottom], INK)
     canvas.text(((left + right) / 2, height - 10), "step", INK, small, anchor="md")
     canvas.text((left, 30), title, INK, font(18, title.isascii()), anchor="lm")
-    if not finite:
-        canvas.text(((left + right) / 2, (top + bottom) / 2), "nothing measured yet", INK, small, anchor="mm")
 
-    scale = 4                                               # lines are drawn so much larger, then averaged
+    scale = 4                                               # lines are drawn this much larger, then averaged
     large = sheet.resize((width * scale, height * scale), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(large)
     colours = {name: LINES[i % len(LINES)] for i, name in enumerate(curves)}
     for name, points in curves.items():
-        for run in runs(points):
+        for drawable, run in itertools.groupby(points, lambda point: math.isfinite(point[1])):
+            if not drawable:
+                continue
             dots = [tuple(scale * v for v in place(*point)) for point in run]
             pen.line(dots, colours[name], 2 * scale, joint="curve")
             for u, v in dots if len(points) < 25 else dots[-1:]:
@@ -149,18 +151,7 @@ def loss_curve(curves, title="", width=960, height=540):
     return sheet
 
 
-def runs(points):
-    """Cut [(x, y)] where y is not finite."""
-    run = []
-    for point in [*points, (0, math.nan)]:
-        if math.isfinite(point[1]):
-            run.append(point)
-        elif run:
-            yield run
-            run = []
-
-
-def round_ticks(low, high, most):
+def round_ticks(low: float, high: float, most: int) -> list[float]:
     """At most `most` + 1 multiples of 1, 2 or 5 times a power of ten, with `low` and `high` between them."""
     if high - low <= 1e-6 * max(abs(low), abs(high), 1e-6):
         low, high = low - max(0.5, abs(low) / 8), high + max(0.5, abs(high) / 8)
@@ -170,8 +161,8 @@ def round_ticks(low, high, most):
     return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
-def number(value, ticks):
-    """A tick's number with as many decimals as the distance of the ticks needs."""
+def number(value: float, ticks: list[float]) -> str:
+    """A tick's label, with as many decimals as the distance between ticks needs."""
     decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     return f"{value:,.{decimals}f}"
 
@@ -180,8 +171,9 @@ def number(value, ticks):
 # attention
 
 
-def attention_sheet(image, words, maps, columns=7, tile=200):
-    """A PIL image plain, then once a word under its map of `maps` (words, h, w): brighter is looked at more.
+def attention_sheet(image: Image.Image, words: list[str], maps: list[np.ndarray], columns: int = 7,
+                    tile: int = 200) -> Image.Image:
+    """A picture as it is, then once for each word under its map (h, w): brighter is where the model looked.
 
     Each map is scaled by its own maximum: compare places within a picture, not one picture with another.
     """
@@ -190,8 +182,8 @@ def attention_sheet(image, words, maps, columns=7, tile=200):
     return contact_sheet([image, *tiles], ["", *words], columns, tile)
 
 
-def heat_over(image, weights):
-    """The picture with weights (h, w) of its whole area laid over it, enlarged bilinearly."""
+def heat_over(image: Image.Image, weights: np.ndarray) -> Image.Image:
+    """The picture under a map of weights (h, w), enlarged bilinearly."""
     weights = Image.fromarray(weights / max(weights.max(), 1e-12))
     weights = np.asarray(weights.resize(image.size, Image.Resampling.BILINEAR))
     stops = np.linspace(0, 1, len(HEAT))
@@ -202,8 +194,8 @@ def heat_over(image, weights):
     return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 
-def stack(sheets):
-    """PIL images one below the other."""
+def stack(sheets: list[Image.Image]) -> Image.Image:
+    """Pictures one below the other."""
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
     y = 0
     for sheet in sheets:

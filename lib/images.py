@@ -1,48 +1,132 @@
 """Pictures: the one way from a file to the ViT's input, for preparing, training and captioning."""
 
+import contextlib
+import ctypes
+import importlib.util
+import logging
+import math
+import os
+import stat
+import struct
+import threading
+import warnings
+from typing import BinaryIO
+
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from lib.cli import UserError
+from lib.cli import UserError, printable
+
+# What is read from others, and how much of it. Pillow takes up to 16 bytes a pixel, so all pictures that are
+# being decoded at the same time take 1 GB at most.
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]     # with MPO; not PostScript, which is a program
+FORMATS += ["AVIF"] * bool(importlib.util.find_spec("PIL.AvifImagePlugin"))         # Pillow has it since 11.3
+SUFFIXES = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+MAX_IMAGE_BYTES = 128 << 20
+MAX_PIXELS = 64_000_000                       # of a JPEG once scaled; before, Pillow takes 179 million
+EXACT_PIXELS = 16_000_000                     # JPEGs with more are decoded at 1/2, 1/4 or 1/8 of their size
+
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,               # by orientation
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+           7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError)
+warnings.filterwarnings("ignore", module=r"PIL\.")      # one line a picture: the error that it ends in
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+with contextlib.suppress(OSError, AttributeError):      # of libtiff, unless it is a part of Pillow's own file
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+_decoding, _turn = 0, threading.Condition()             # pixels
 
 
-def load_image(source):
+def load_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Image:
     """A path, an open file or a PIL image -> an upright RGB PIL image: first frame, transparency over white.
 
-    Raises UserError when the picture cannot be read.
+    Raises UserError when the picture cannot be read, is too large, or is not in one of FORMATS.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        image.load()                                          # reads the first frame, now and not later
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16") or image.mode in ("I", "F"):   # Pillow's convert() would clip them
-            levels = np.asarray(image, dtype=np.float32)
-            top = levels.max(initial=0)
-            if image.mode != "F" or not 0 < top <= 1:         # floats may range from 0 to 1
-                top = 255 if top <= 255 else max(65535, top)
-            image = Image.fromarray((levels.clip(0) * (255 / top)).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise UserError(f"cannot read the picture {source}: {reason}") from None
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        if isinstance(source, (str, os.PathLike)):
+            check_file(source)
+        with Image.open(source, formats=FORMATS) as image, memory_for(image):
+            return to_rgb(image)
+    except Image.UnidentifiedImageError:
+        reason = "it is not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF picture"
+    except FileNotFoundError:
+        reason = "no such file"
+    except DAMAGE as error:
+        reason = getattr(error, "strerror", None) or printable(str(error))
+    name = f" {printable(os.fspath(source))}" if isinstance(source, (str, os.PathLike)) else ""
+    raise UserError(f"cannot read the picture{name}: {reason}")
 
 
-def resize(image, size):
-    """Squash a PIL image to (size, size) with Pillow's bilinear filter, the aspect ratio given up."""
+def check_file(path: str | os.PathLike):
+    """Raise UserError for what would be read for ever, or be too large."""
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise UserError("it is a folder, a pipe or a device, not a file")
+    if facts.st_size > MAX_IMAGE_BYTES:
+        raise UserError(f"it has {facts.st_size >> 20} MB; the limit is {MAX_IMAGE_BYTES >> 20}")
+
+
+@contextlib.contextmanager
+def memory_for(image: Image.Image):
+    """Wait until a picture that is about to be decoded fits into memory beside those of other threads."""
+    global _decoding
+    width, height = image.size
+    shrink = math.ceil(math.sqrt(width * height / EXACT_PIXELS))
+    if image.format in ("JPEG", "MPO") and shrink > 1:
+        image.draft(None, (width // shrink, height // shrink))        # at least of this size
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise UserError(f"it has {pixels // 10**6} megapixels; the limit is {MAX_PIXELS // 10**6}")
+    pixels = min(max(pixels, width * height // 3), MAX_PIXELS)        # a progressive JPEG is kept whole
+    with _turn:
+        _turn.wait_for(lambda: _decoding + pixels <= MAX_PIXELS)
+        _decoding += pixels
+    try:
+        yield
+    finally:
+        with _turn:
+            _decoding -= pixels
+            _turn.notify_all()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    try:
+        image.load()                                          # reads the first frame
+    except (TypeError, IndexError, struct.error) as error:    # its numbers make no sense to Pillow
+        raise ValueError(f"damaged ({error})") from None
+    orientation = None
+    with contextlib.suppress(*DAMAGE, TypeError, LookupError, struct.error):     # of its Exif data alone
+        orientation = image.getexif().get(0x0112)
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):   # Pillow's convert() would clip them
+        levels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0)
+        top = levels.max(initial=0)
+        if image.mode != "F" or not 0 < top <= 1:             # floats may range from 0 to 1
+            top = 255 if top <= 255 else max(65535, top)
+        image = Image.fromarray((levels.clip(0) / top * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize(image: Image.Image, size: int) -> Image.Image:
+    """Squash a PIL image to (size, size) with Pillow's bilinear filter, whatever its aspect ratio."""
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def normalize(pixels, config):
+def normalize(pixels: torch.Tensor, config) -> torch.Tensor:
     """uint8 pixels (B, S, S, 3) -> the ViT's input (B, 3, S, S), float32, on the same device."""
     mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (config.mean, config.std))
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def preprocess(images, config):
+def preprocess(images: list, config) -> torch.Tensor:
     """Paths, open files or PIL images -> (B, 3, S, S) float32 on the CPU. Raises what `load_image` does."""
     pixels = [np.array(resize(load_image(image), config.image_size)) for image in images]
     return normalize(torch.from_numpy(np.stack(pixels)), config)

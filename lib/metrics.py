@@ -4,7 +4,6 @@ The numbers published for captioners come from coco-caption (Chen et al. 2015, a
 tokenizer, its constants and its slips are kept on purpose, so that scores can be set side by side.
 """
 
-import itertools
 import math
 import re
 import shutil
@@ -86,7 +85,7 @@ BRACKETS = str.maketrans({
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
 
 
-def tokenize(caption):
+def tokenize(caption: str) -> list[str]:
     """The words coco-caption compares: "The dog's ball, isn't it?" -> the dog 's ball is n't it.
 
     Brackets stay, as -lrb- and the like: coco-caption lowers the case before it looks for -LRB-. Each
@@ -102,13 +101,12 @@ def tokenize(caption):
 # scores
 
 
-def score(candidates, references):
+def score(candidates: list[str], references: list[list[str]]) -> tuple[dict, dict]:
     """Score one caption per image against the reference captions of that image.
 
-    candidates: list of str; references: list of lists of str, in the same order. Returns (corpus,
-    per_image), a dict of floats and a dict of lists of floats, with Bleu_1 to Bleu_4 and ROUGE_L
-    (0 to 1) and CIDEr (0 to 10). Raises UserError when the lists do not match. CIDEr weighs an n-gram
-    by how few of these images it describes: it depends on the set, and is 0 for a single image.
+    Returns (corpus, per_image), a dict of floats and a dict of lists of floats, with Bleu_1 to Bleu_4 and
+    ROUGE_L (0 to 1) and CIDEr (0 to 10). Raises UserError when the lists do not match. CIDEr weighs an
+    n-gram by how few of these images it describes: it depends on the set, and is 0 for a single image.
     """
     if len(candidates) != len(references) or not candidates:
         raise UserError(f"{len(candidates)} captions for {len(references)} images: each image needs one")
@@ -124,19 +122,20 @@ def score(candidates, references):
     bleus = [bleu(s) for s in statistics]
     per_image = {f"Bleu_{n + 1}": [b[n] for b in bleus] for n in range(4)}
     per_image["ROUGE_L"] = [rouge_l(*image) for image in zip(words, reference_words)]
-    per_image["CIDEr"] = cider_d(grams, reference_grams)
+    cider = CiderScorer(reference_words)
+    per_image["CIDEr"] = [cider.score([w], image)[0] for image, w in enumerate(words)]
     corpus = {name: sum(values) / len(values) for name, values in per_image.items()}
     total = [sum(column) for column in zip(*statistics)]       # BLEU is of the corpus, not a mean
     corpus.update((f"Bleu_{n}", value) for n, value in enumerate(bleu(total), 1))
     return corpus, per_image
 
 
-def ngrams(words):
+def ngrams(words: list[str]) -> list[Counter]:
     """Four Counters: how often each n-gram occurs, n = 1 to 4."""
     return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
 
 
-def bleu_statistics(grams, references):
+def bleu_statistics(grams: list[Counter], references: list[list[Counter]]) -> list[int]:
     """What BLEU sums over images: matching n-grams (n = 1 to 4), all n-grams, length, reference length.
 
     Matches are clipped at the most that one reference has; the length is that of the reference
@@ -149,7 +148,7 @@ def bleu_statistics(grams, references):
     return [*matched, *(max(0, length - n) for n in range(4)), length, closest]
 
 
-def bleu(statistics):
+def bleu(statistics: list[int]) -> list[float]:
     """BLEU-1 to BLEU-4 (Papineni et al. 2002); 1e-15 and 1e-9 are coco-caption's guard against 0/0."""
     matched, counted, (length, closest) = statistics[:4], statistics[4:8], statistics[8:]
     ratio = (length + 1e-15) / (closest + 1e-9)
@@ -161,7 +160,7 @@ def bleu(statistics):
     return scores
 
 
-def rouge_l(words, references):
+def rouge_l(words: list[str], references: list[list[str]]) -> float:
     """ROUGE-L (Lin 2004), beta 1.2, of two token lists' longest common subsequence.
 
     As in coco-caption, the best precision and the best recall may come from different references.
@@ -176,7 +175,7 @@ def rouge_l(words, references):
     return (1 + 1.2 ** 2) * precision * recall / (recall + 1.2 ** 2 * precision)
 
 
-def longest_common(a, b):
+def longest_common(a: list, b: list) -> int:
     """Length of the longest common subsequence of two lists."""
     row = [0] * (len(b) + 1)
     for word in a:
@@ -186,38 +185,47 @@ def longest_common(a, b):
     return row[-1]
 
 
-def cider_d(grams, references):
-    """CIDEr-D of each image (Vedantam et al. 2015), sigma 6: 10 x the mean over n and references.
+class CiderScorer:
+    """CIDEr-D (Vedantam et al. 2015), sigma 6: 10 x the mean over n and references of an image.
 
-    An n-gram weighs its count times log(images / images with a reference that has it).
+    references: for each image, its reference captions as token lists. An n-gram weighs its count times
+    log(images / images with a reference that has it). As this is counted only once, any number of captions
+    can then be scored quickly, as for a reward in training.
     """
-    frequency = Counter()
-    for image in references:
-        frequency.update({gram for reference in image for counts in reference for gram in counts})
-    log_images = math.log(len(references))
-    idf = {gram: log_images - math.log(count) for gram, count in frequency.items()}
 
-    def tf_idf(counts):
-        vector = {gram: count * idf.get(gram, log_images) for gram, count in counts.items()}
-        return vector, math.sqrt(sum(value * value for value in vector.values()))
+    def __init__(self, references: list[list[list[str]]]):
+        self.references = references
+        frequency = Counter()
+        for image in references:
+            frequency.update({gram for words in image for counts in ngrams(words) for gram in counts})
+        self.log_images = math.log(len(references))
+        self.idf = {gram: self.log_images - math.log(count) for gram, count in frequency.items()}
 
-    scores = []
-    for candidate, image in zip(grams, references):
-        vectors = [tf_idf(counts) for counts in candidate]
+    def score(self, captions: list[list[str]], image: int) -> list[float]:
+        """CIDEr-D of each of these token lists as a caption of one image, given by its index."""
+        references = [self._tf_idf(words) for words in self.references[image]]
+        return [self._score(self._tf_idf(words), references) for words in captions]
+
+    def _tf_idf(self, words):
+        """Bigrams counted, as coco-caption measures length, and (vector, norm) for n = 1 to 4."""
+        vectors = []
+        for counts in ngrams(words):
+            vector = {gram: count * self.idf.get(gram, self.log_images) for gram, count in counts.items()}
+            vectors.append((vector, math.sqrt(sum(value * value for value in vector.values()))))
+        return max(0, len(words) - 1), vectors
+
+    def _score(self, candidate, references):
         total = 0.0
-        for reference in image:
-            difference = candidate[1].total() - reference[1].total()     # lengths in bigrams, as there
-            penalty = math.exp(-difference ** 2 / (2 * 6.0 ** 2))
-            for (a, a_norm), (b, b_norm) in zip(vectors, map(tf_idf, reference)):
+        for length, vectors in references:
+            penalty = math.exp(-((candidate[0] - length) ** 2) / (2 * 6.0**2))
+            for (a, a_norm), (b, b_norm) in zip(candidate[1], vectors):
                 if a_norm and b_norm:
-                    shared = [gram for gram in a if gram in b]      # not a set: the order fixes the last bit
-                    clipped = sum(min(a[gram], b[gram]) * b[gram] for gram in shared)
+                    clipped = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
                     total += penalty * clipped / (a_norm * b_norm)
-        scores.append(10 * total / 4 / len(image))
-    return scores
+        return 10 * total / 4 / len(references)
 
 
-def meteor(candidates, references):
+def meteor(candidates: list[str], references: list[list[str]]) -> float | None:
     """METEOR 1.5 (Denkowski and Lavie 2014), 0 to 1, by pycocoevalcap and Java; None without them."""
     try:
         from pycocoevalcap.meteor.meteor import Meteor
@@ -228,57 +236,3 @@ def meteor(candidates, references):
     candidates = {i: [" ".join(tokenize(caption))] for i, caption in enumerate(candidates)}
     references = {i: [" ".join(tokenize(c)) for c in captions] for i, captions in enumerate(references)}
     return Meteor().compute_score(references, candidates)[0]
-
-
-# --------------------------------------------------------------------------------------------------
-# the drawn shapes: is a caption right in every word?
-
-PLACES = ["at the top left", "at the top", "at the top right",             # thirds, row by row
-          "on the left", "in the middle", "on the right",
-          "at the bottom left", "at the bottom", "at the bottom right"]
-ORDERS = {"from left to right": "left of", "from top to bottom": "above"}  # of each to the next
-RELATIONS = {"left of": "left of", "to the left of": "left of", "right of": "right of",
-             "to the right of": "right of",
-             "above": "above", "over": "above", "below": "below", "under": "below"}
-LISTS = {1: ("one shape", "#", PLACES),                                    # # stands for an object
-         2: ("two shapes", "# and #", ORDERS),
-         3: ("three shapes", "#, # and #", ORDERS)}
-
-
-def judge(caption, scene):
-    """Is the caption right in every word: number, size, colour, shape and position of all objects?
-
-    scene: a line of scenes.jsonl; only size, colour, shape and centre (x, y) of its one to three objects
-    count. Every true sentence of the grammar is right, whichever object it names first.
-    """
-    named = []
-    frame = re.sub(r"\ba (\w+) (\w+) (\w+)", lambda match: named.append(match.groups()) or "#", caption)
-    number, things, where = LISTS[len(scene["objects"])]
-    where, relation, verb = "|".join(where), "|".join(RELATIONS), "(?:there is|we see)"
-    opening = f"(?:there is |here is |the picture shows |{number}: )?"
-    inverted = f"({relation}) # {verb} #"
-    sentences = [f"{opening}{things} ({where})", f"({where}) {verb} {things}"]
-    if len(scene["objects"]) == 2:
-        sentences += [f"{opening}# ({relation}) #", inverted]
-    said = next((match[1] for s in sentences if (match := re.fullmatch(s, frame))), None)
-    if re.fullmatch(inverted, frame):
-        named.reverse()                                       # "below A there is B": B is below A
-    for objects in itertools.permutations(scene["objects"]):  # which is which, should two look the same
-        kinds = [(o["size"], o["colour"], o["shape"]) for o in objects]
-        true = {_relation(a, b) for a, b in zip(objects, objects[1:])} or {_place(objects[0])}
-        if kinds == named and true == {(ORDERS | RELATIONS).get(said, said)}:
-            return True
-    return False
-
-
-def _relation(a, b):
-    """Where `a` lies as seen from `b`, by the axis on which they are further apart."""
-    dx, dy = b["x"] - a["x"], b["y"] - a["y"]
-    if abs(dx) > abs(dy):
-        return "left of" if dx > 0 else "right of"
-    return "above" if dy > 0 else "below"
-
-
-def _place(o):
-    """The third of the picture, across and down, in which an object's centre lies."""
-    return PLACES[3 * int(3 * o["y"]) + int(3 * o["x"])]

@@ -95,12 +95,13 @@ def convert(kind, value, source, path=(), limits=types.MappingProxyType({}), for
             return origin(inner(k, v, i) for i, (k, v) in enumerate(zip(kinds, value)))
         wanted = f"a list of {len(kinds)}"
     elif kind in (int, float):
+        low, high = limits.get("min"), limits.get("max")
         largest = 2**63 - 1 if kind is int else sys.float_info.max
-        low, high = limits.get("min", -largest), limits.get("max", largest)
-        if type(value) in (int, kind) and low <= value <= high:
+        if (type(value) in (int, kind) and -largest <= value <= largest
+                and (low is None or low <= value) and (high is None or value <= high)):
             return kind(value)
-        if "min" in limits:
-            wanted += f" from {low} to {high}" if "max" in limits else f" of at least {low}"
+        if low is not None:
+            wanted += f" of at least {low}" if high is None else f" from {low} to {high}"
     elif isinstance(value, origin):
         return value
     shown = repr(value) if isinstance(value, (str, int, float)) else WORDS.get(type(value), "an object")

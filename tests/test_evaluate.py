@@ -16,7 +16,7 @@ from lib.cli import UserError
 from lib.metrics import score
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
-from tokenizer import Tokenizer, pad_captions
+from tokenizer import Tokenizer, pack_captions
 from vit import ViTConfig
 
 TEST = [7, 2, 5, 3, 6]                   # out of order: a place in the split is not an image index
@@ -82,7 +82,7 @@ def loss_by_hand(model, captions, images, seen):
         picture = Image.fromarray(captions.images[looked_at])
         for c in captions.captions_of[image]:
             ids = model.tokenizer.encode(data.clean_caption(captions.captions[c]))
-            tokens, targets = pad_captions([ids], model.eos_id)
+            tokens, targets, _ = pack_captions([[ids]], model.eos_id)
             logits, _ = model(tokens, model.encode(model.preprocess([picture])))
             losses += F.cross_entropy(logits[0], targets[0], reduction="none").tolist()
     return sum(losses) / len(losses)
@@ -213,7 +213,7 @@ def test_drawn_scenes_count_captions_right_in_every_word(tmp_path, run):
 
 
 def test_table_says_when_meteor_was_not_measured():
-    header, line = evaluate.table({"real": {"METEOR": None}, "shuffled": {"METEOR": None}})
+    header, line = evaluate.table({"real": {"METEOR": None}, "shuffled": {"METEOR": None}}).splitlines()
     assert "METEOR" in line and "java" in line
 
 
@@ -230,7 +230,7 @@ def test_table_says_when_meteor_was_not_measured():
     (lambda e: e + [{"image": "0.jpg"}], "entry 6: it needs a caption"),
     (lambda e: e + [{"caption": "a dog"}], "entry 6: it needs"),
     (lambda e: ["a dog"], "entry 1: it needs"),
-    (lambda e: {"captions": e}, "holds no list"),
+    (lambda e: {"captions": e}, "does not hold a list"),
 ])
 def test_wrong_predictions_are_told_in_one_line(folder, tmp_path, change, message):
     file = write(tmp_path / "theirs.json", change(perfect()))
@@ -239,7 +239,7 @@ def test_wrong_predictions_are_told_in_one_line(folder, tmp_path, change, messag
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "cannot read"), (b"\xff\xfe[", "no JSON"), (b"[", "no JSON")])
+    (None, "cannot read"), (b"\xff\xfe[", "not JSON"), (b"[", "not JSON")])
 def test_unreadable_predictions_are_told_in_one_line(folder, tmp_path, content, message):
     if content:
         (tmp_path / "p.json").write_bytes(content)
@@ -248,13 +248,13 @@ def test_unreadable_predictions_are_told_in_one_line(folder, tmp_path, content, 
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--num-beams", "5"], "--num-beams is for a model"),
-    (["--checkpoint", "x"], "--checkpoint is for a model"),
-    (["--shuffle-images"], "--shuffle-images is for a model"),
+    (["--num-beams", "5"], "--num-beams needs a model"),
+    (["--checkpoint", "x"], "--checkpoint needs a model"),
+    (["--shuffle-images"], "--shuffle-images needs a model"),
     (["--limit", "-1"], "limit is -1"),
-    (["--grid", "grid.txt"], "no picture format"),
+    (["--grid", "grid.txt"], "does not name a picture format"),
     (["--grid", "none/grid.png"], "--grid none/grid.png is"),
-    (["--json", "p.json"], "write over the predictions"),
+    (["--json", "p.json"], "overwrite the predictions"),
 ])
 def test_impossible_settings_are_refused_before_the_work(args, message):
     with pytest.raises(UserError, match=message):

@@ -20,7 +20,7 @@ from lib.metrics import score, tokenize
 
 COCO = json.loads((Path(__file__).parent / "fixtures/metrics/coco.json").read_text("utf-8"))
 NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
-WORDS = st.lists(st.sampled_from("a dog cat man runs sits on the red".split()), min_size=1, max_size=9)
+WORDS = st.lists(st.sampled_from(["a", "dog", "cat", "man", "runs", "on", "red"]), min_size=1, max_size=9)
 CAPTIONS = WORDS.map(" ".join)
 PEOPLE = {"Bleu_1": 0.61882529, "Bleu_2": 0.41995364, "Bleu_3": 0.27939376, "Bleu_4": 0.18654085,
           "ROUGE_L": 0.46060928, "CIDEr": 0.78755986}
@@ -171,6 +171,19 @@ def test_cider_clips_repeated_words():
 
 def test_cider_of_one_image_is_zero():
     assert one("a dog runs on grass", "a dog runs on grass")["CIDEr"] == 0
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(CAPTIONS, min_size=1, max_size=3), min_size=2, max_size=5), st.data())
+def test_cider_scorer_scores_any_captions_as_score_does(references, data):
+    """As a reward in training: document frequencies counted once, several captions of any of the images."""
+    scorer = metrics.CiderScorer([[tokenize(caption) for caption in image] for image in references])
+    samples = data.draw(st.lists(CAPTIONS, min_size=len(references), max_size=len(references)))
+    _, per_image = score(samples, references)
+    for image, sample in enumerate(samples):
+        others = [tokenize(caption) for caption in samples]
+        assert scorer.score([tokenize(sample), *others], image)[0] == per_image["CIDEr"][image]
+        assert scorer.score(others, image)[image] == per_image["CIDEr"][image]
 
 
 # --------------------------------------------------------------------------------------------------

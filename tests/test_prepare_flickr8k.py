@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from lib.caption_formats import Caption, File, basename, candidates, csv_rows, from_rows
+from lib.caption_formats import Caption, File, basename, csv_rows, match_pictures, normalize_path, parse_rows
 from lib.cli import UserError
 from prepare_flickr8k import PrepareConfig, assign_splits, collect, first_images, prepare
 from tokenizer import Tokenizer
@@ -129,9 +129,9 @@ def test_altered_split_list_warns_with_what_differs(tmp_path, capsys):
     images, *_ = gather(draw(tmp_path / "i"), text)
     assert images["1.jpg"].split == "test"                          # never trained on what is tested
     warnings = capsys.readouterr().err
-    assert "testImages.txt is an altered copy of the official file: 3 lines where that has 1,000" in warnings
-    assert "1 images in two splits, used in one: 1.jpg" in warnings
-    assert "1 images in a split list, but not in the captions: unknown.jpg" in warnings
+    assert "testImages.txt is an altered copy of the official file" in warnings
+    assert "images in two splits, used in only one: 1.jpg" in warnings
+    assert "images in a split list but not in the captions: unknown.jpg" in warnings
 
 
 def test_kaggle_folder_alone_is_enough(tmp_path, capsys):
@@ -241,9 +241,9 @@ PATH = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join)
 
 
 @given(PATH, st.lists(PATH, unique=True, max_size=6))
-def test_candidates_agree_with_the_image_as_far_as_both_paths_go(image, paths):
+def test_matching_pictures_agree_with_the_image_as_far_as_both_paths_go(image, paths):
     files = [File(path, lambda path=path: io.BytesIO(path.encode()), ()) for path in paths]
-    found = [file.path for file in candidates([image], files)[image]]
+    found = [file.path for file in match_pictures([image], files)[image]]
     assert all(f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}") for path in found)
     fits = [path for path in paths if f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}")]
     assert bool(found) == bool(fits) and (image not in paths or found == [image])
@@ -258,13 +258,13 @@ def test_csv_gives_back_what_csv_wrote(rows, delimiter):
     out = io.StringIO()
     csv.writer(out, delimiter=delimiter, lineterminator="\n").writerows([("image", "caption"), *rows])
     broken = []
-    captions = list(from_rows(csv_rows(out.getvalue(), "x.csv"), "x.csv", broken))
-    assert [(c.image, c.text) for c in captions] == rows and not broken
+    captions = list(parse_rows(csv_rows(out.getvalue(), "x.csv"), "x.csv", broken))
+    assert [(c.image, c.text) for c in captions] == [(normalize_path(i), t) for i, t in rows] and not broken
 
 
 def test_splits_prefer_column_then_lists_then_file_name_then_hash():
     column = [Caption("a", "", "train", None, "val.csv"), Caption("b", "", "valid", None, "val.csv")]
-    plain = [c._replace(split=None) for c in column]
+    plain = [c._replace(split="") for c in column]
     lists = {"train": {"b"}, "test": {"a"}}
     assert assign_splits(column, lists)[0] == {"a": "train", "b": "val"}
     assert assign_splits(plain, lists)[0] == {"a": "test", "b": "train"}
@@ -322,8 +322,8 @@ def test_prepared_set_holds_pictures_tokens_and_splits(given_set):
     meta = json.loads((Path(given_set.out) / "meta.json").read_text())
     assert [meta["counts"][what] for what in ("images", "captions", "no split")] == [5, 10, 1]
     for line in ("5 images with 10 captions", "train 2, val 1, test 1, no split 1", "absent.jpg (no split)",
-                 "skipped 1 unreadable pictures: broken.jpg", "skipped 1 blank captions: 1.jpg",
-                 "Flickr8k.token.txt line 16", "skipped 1 pictures without a caption: nobody.jpg"):
+                 "skipped unreadable pictures (1): broken.jpg", "skipped blank captions (1): 1.jpg",
+                 "Flickr8k.token.txt line 16", "skipped pictures without a caption (1): nobody.jpg"):
         assert line in summary
 
 
@@ -378,17 +378,17 @@ def test_clean_caption(text, clean):
 
 @pytest.mark.parametrize("name, content, message", [
     ("c.csv", b"image,caption\n1.jpg,caf\xe9\n", "c.csv line 2 is not UTF-8"),
-    ("c.csv", b"1.jpg,a dog\n", "and not with the columns image and caption"),
+    ("c.csv", b"1.jpg,a dog\n", "should name the columns image and caption"),
     ("c.csv", b'image,caption\n1.jpg,"a dog\n', "c.csv line 2 is not CSV"),
-    ("c.csv", b"", "columns image and caption"),
+    ("c.csv", b"", "the columns image and caption"),
     ("c.csv", b"image,caption\n9.jpg,a dog\n", "none of the 1 images .* is among the 4 pictures"),
-    ("c.csv", b"image,caption\n1.jpg,\n", "no caption .* can be used; broken: c.csv line 2"),
-    ("c.csv", b"image,caption,split\n1.jpg,a dog,seven\n", "none of 1 images is for training"),
-    ("c.jsonl", b'{"image": "1.jpg"\n[]\n', "broken: c.jsonl line 1, c.jsonl line 2"),
+    ("c.csv", b"image,caption\n1.jpg,\n", "none of the captions .* can be used; .*: c.csv line 2"),
+    ("c.csv", b"image,caption,split\n1.jpg,a dog,seven\n", "none of 1 images is in train, val or test"),
+    ("c.jsonl", b'{"image": "1.jpg"\n[]\n', "broken entries: c.jsonl line 1, c.jsonl line 2"),
     ("c.json", b'{"images": [', "c.json is not JSON"),
     ("c.json", b'{"images": [{"id": 1}], "annotations": []}', "neither COCO's JSON, nor Karpathy's"),
     ("c.json", b"3", "neither COCO's JSON, nor Karpathy's"),
-    ("c.zip", b"PK but cut", "not a whole zip archive")])
+    ("c.zip", b"PK but cut", "not a complete zip archive")])
 def test_mistakes_end_in_one_line_that_says_which(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:

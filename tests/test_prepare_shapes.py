@@ -1,4 +1,4 @@
-"""The drawn set: true captions, pictures that show what the scenes say, disjoint splits; the judge."""
+"""The drawn set: true captions, pictures that show what the scenes say, disjoint splits."""
 
 import itertools
 import json
@@ -15,86 +15,16 @@ from hypothesis import strategies as st
 
 import prepare_shapes as shapes
 from lib.cli import UserError
-from lib.metrics import judge
+from lib.scenes import COLUMN, PLACES, ROW, judge
 from tokenizer import Tokenizer
 
 ROOT = Path(shapes.__file__).parent
 scenes = st.integers(0, 1 << 32).map(lambda seed: shapes.random_scene(random.Random(seed)))
-GROUPS = [list(shapes.SIZES), list(shapes.COLOURS), list(shapes.SHAPES), ["one", "two", "three"],
-          ["left", "right", "top", "bottom", "middle", "above", "below", "over", "under"]]
-WORDS = [*itertools.chain(*GROUPS), "a", "and", "of", "to", "from", "there", "shapes", "shape:", "not"]
 
 
 def scene_of(*objects):
     names = ("size", "colour", "shape", "x", "y")
     return {"objects": [dict(zip(names, o)) for o in objects]}
-
-
-# --------------------------------------------------------------------------------------------------
-# the judge
-
-
-@given(scenes)
-def test_judge_accepts_every_wording(scene):
-    texts = shapes.captions(scene)
-    assert len(set(texts)) == len(texts) >= 5
-    assert all(judge(text, scene) for text in texts)
-
-
-@settings(deadline=None, max_examples=50)
-@given(scenes, st.data())
-def test_judge_rejects_any_one_word_changed_missing_or_extra(scene, data):
-    words = data.draw(st.sampled_from(shapes.captions(scene))).split(" ")
-    true = set(shapes.captions(scene))
-    for i, word in enumerate(words):
-        without = " ".join(words[:i] + words[i + 1 :])
-        assert judge(without, scene) == (without in true), without
-        assert not judge(" ".join(words[: i + 1] + words[i:]), scene)
-        bare = word.rstrip(",:")
-        for group in GROUPS:
-            for other in set(group) - {bare} if bare in group else ():
-                changed = " ".join([*words[:i], other + word[len(bare) :], *words[i + 1 :]])
-                assert judge(changed, scene) == (changed in true), changed        # above, over
-
-
-@settings(deadline=None)
-@given(scenes, st.data())
-def test_judge_accepts_only_the_grammar(scene, data):
-    """Inserting words of the grammar gives a wrong caption or one of the scene's other wordings."""
-    words = data.draw(st.sampled_from(shapes.captions(scene))).split(" ")
-    for _ in range(data.draw(st.integers(1, 2))):
-        words.insert(data.draw(st.integers(0, len(words))), data.draw(st.sampled_from(WORDS)))
-    assert not judge(" ".join(words), scene) or " ".join(words) in shapes.captions(scene)
-
-
-@given(scenes, scenes)
-def test_judge_rejects_captions_of_other_scenes(scene, other):
-    same = shapes.kinds_of(scene) == shapes.kinds_of(other) and scene["arrangement"] == other["arrangement"]
-    assert judge(shapes.captions(other)[0], scene) == same
-
-
-def test_judge_knows_relations_from_positions():
-    scene = scene_of(("large", "red", "star", 0.2, 0.5), ("small", "blue", "circle", 0.8, 0.6))
-    star, circle = "a large red star", "a small blue circle"
-    for text in (f"{star} left of {circle}", f"{circle} right of {star}",
-                 f"right of {star} there is {circle}", f"left of {circle} we see {star}",
-                 f"two shapes: {star} and {circle} from left to right"):
-        assert judge(text, scene), text
-    for text in (f"{circle} left of {star}", f"{star} right of {circle}", f"{star} above {circle}",
-                 f"{circle} below {star}", f"{circle} and {star} from left to right",
-                 f"{star} and {circle} from top to bottom",
-                 f"{star} and {circle}", f"{star}", f"{star} on the left",
-                 f"three shapes: {star} left of {circle}", f"{star} left of {circle} ",
-                 f"{star}  left of {circle}", f"# left of {circle}", "# left of #", ""):
-        assert not judge(text, scene), text
-
-
-def test_judge_takes_objects_that_look_the_same():
-    scene = scene_of(*(("small", "red", "star", 0.5, y) for y in (0.8, 0.5, 0.2)))
-    star = "a small red star"
-    assert judge(f"{star}, {star} and {star} from top to bottom", scene)
-    assert not judge(f"{star}, {star} and {star} from left to right", scene)
-    assert not judge(f"{star} and {star} from top to bottom", scene)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +98,7 @@ def test_splits_share_no_arrangement(full):
 
 def test_train_shows_every_arrangement_and_number(full):
     arrangements = Counter(scene["arrangement"] for scene in full["train"])
-    assert set(arrangements) == {*itertools.chain(*shapes.PLACES), shapes.ROW, shapes.COLUMN}
+    assert set(arrangements) == {*PLACES, ROW, COLUMN}
     assert min(Counter(len(s["objects"]) for s in full["train"]).values()) > 1000
 
 

@@ -1,6 +1,7 @@
 """Every command in the README runs: long ones shortened, those that need the network or a GPU as --help."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -14,10 +15,10 @@ from lib import cli
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
-INLINE = re.findall(r"`(python \S+\.py[^`]*)`", TEXT)
-COMMANDS = sorted({part.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()
-                   for part in line.split("&&")} | set(INLINE) - {""})
-SCRIPTS = sorted({c for c in COMMANDS if c.startswith("python ") and "-m pytest" not in c})
+INLINE = re.findall(r"`((?:python|pip) [^`]*)`", TEXT)
+COMMANDS = sorted({part.split("#")[0].strip() for lines in [*BLOCKS, *INLINE] for line in lines.splitlines()
+                   for part in line.split("&&")} - {""})
+SCRIPTS = [c for c in COMMANDS if c.startswith("python ") and "-m pytest" not in c]
 
 
 def run(arguments, folder):
@@ -113,6 +114,31 @@ def test_readme_python_names_exist():
 
 
 def test_readme_map_lists_every_module():
-    listed = set(re.findall(r"`(\w+\.py)`", TEXT))
-    assert {p.name for p in ROOT.glob("*.py")} <= listed
+    (tree,) = re.findall(r"```\n(vit\.py.*?)```", TEXT, re.S)
+    listed = set(re.findall(r"\w+", tree))
+    assert {p.stem for folder in (ROOT, ROOT / "lib") for p in folder.glob("[!_]*.py")} <= listed
     assert len(TEXT.splitlines()) <= 150
+
+
+def test_readme_test_command_is_what_continuous_integration_runs():
+    (command,) = [line for line in INLINE if "-m pytest" in line]
+    for file in (".ci/run", ".github/workflows/tests.yml"):
+        assert (ROOT / file).read_text().strip().splitlines()[-1].removeprefix("      - run: ") == command
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/benchmarks.md"])
+def test_scores_in_the_documents_are_those_of_the_bundled_model(file):
+    scores = json.loads((ROOT / "assets/mini/metrics.json").read_text())
+    header, row = (re.search(rf"^\|.*{text}.*$", (ROOT / file).read_text(), re.M)[0].split("|")
+                   for text in ("CIDEr, wrong picture", "4 beams, length penalty 0.65"))
+    written = dict(zip((name.strip() for name in header), (value.strip() for value in row)))
+    for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"):
+        exact = scores[name.replace("BLEU-", "Bleu_").replace("-", "_")]
+        assert written[name] == f"{exact:.3f}".lstrip("0"), name
+    assert written["CIDEr, wrong picture"] == f"{scores['shuffled']['CIDEr']:.3f}".lstrip("0")
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md"])
+def test_links_lead_somewhere(file):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / file).read_text()):
+        assert (ROOT / file).parent.joinpath(target).exists(), target

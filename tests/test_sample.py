@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import attention
 import sample
 from gpt2 import GPT2Config
+from lib import figures
 from lib.cli import UserError
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
@@ -68,7 +68,7 @@ def run(folder, capsys):
 
 def test_pictures_come_in_natural_order():
     names = ["b/img1.png", "img10.png", "IMG2.png", "img1.png", "a10b2", "a10b10"]
-    assert sorted(names, key=sample.natural) == ["a10b2", "a10b10", "b/img1.png", "img1.png", "IMG2.png",
+    assert sorted(names, key=sample.natural_key) == ["a10b2", "a10b10", "b/img1.png", "img1.png", "IMG2.png",
                                                  "img10.png"]
 
 
@@ -102,17 +102,17 @@ def test_urls_are_fetched_and_their_errors_are_lines(folder, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        picture = sample.load(f"{url}/img10.png", 32, draw=True)
+        picture = sample.read_picture(f"{url}/img10.png", 32, draw=True)
         assert not picture.error and picture.pixels.size == (32, 32) and picture.shown.size == (448, 299)
-        local = sample.load(str(folder / "photos/img10.png"), 32, draw=False)
+        local = sample.read_picture(str(folder / "photos/img10.png"), 32, draw=False)
         assert picture.pixels.tobytes() == local.pixels.tobytes() and local.shown is None
         for name, why in (("nope.png", "404"), ("notes.txt", "cannot identify")):
-            error = sample.load(f"{url}/{name}", 32, draw=False).error
+            error = sample.read_picture(f"{url}/{name}", 32, draw=False).error
             assert f"{url}/{name}" in error and why in error and "\n" not in error and "BytesIO" not in error
         monkeypatch.setattr(sample, "LARGEST", 50)
-        assert "more than" in sample.load(f"{url}/img10.png", 32, draw=False).error
+        assert "more than" in sample.read_picture(f"{url}/img10.png", 32, draw=False).error
         server.shutdown()
-    assert sample.load(f"{url}/img10.png", 32, draw=False).error
+    assert sample.read_picture(f"{url}/img10.png", 32, draw=False).error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_urls_are_fetched_and_their_errors_are_lines(folder, monkeypatch):
     (["--json", "dog.jpg"], "is a picture"),
     (["dog.png", "--save", "dog.png"], "is a picture"),
     (["a.jpg", "--save", "grid"], "grid.png"),
-    (["a.jpg", "--csv", "no/such/folder.csv"], "in none"),
+    (["a.jpg", "--csv", "no/such/folder.csv"], "existing folder"),
     (["a.jpg", "--batch-size", "0"], "at least 1"),
     (["a.jpg", "--num-return-sequences", "2"], "num_beams"),
 ])
@@ -193,7 +193,7 @@ def test_drawings_hold_every_picture_up_to_the_limit(run, tmp_path, monkeypatch)
     monkeypatch.setattr(sample, "DRAWN", 1)
     one = run("photos/img2.PNG", "--save", tmp_path / "one.png", "--attention", tmp_path / "look.png")
     two = run("photos/img2.PNG", "photos/img10.png", "--save", tmp_path / "two.png")
-    assert one[2] == "" and "first 1 will be drawn" in two[2] and len(two[1].splitlines()) == 2
+    assert one[2] == "" and "only the first 1 of 2" in two[2] and len(two[1].splitlines()) == 2
     assert Image.open(tmp_path / "one.png").tobytes() == Image.open(tmp_path / "two.png").tobytes()
     assert Image.open(tmp_path / "look.png").width > 400            # the plain picture and at least one word
 
@@ -221,81 +221,10 @@ def test_script_ends_mistakes_in_one_line(tmp_path):
 # attention
 
 
-@pytest.fixture(scope="module")
-def seen(model):
-    """Two images and captions, and what each attention module took and gave in the forward pass."""
-    torch.manual_seed(1)
-    images, tokens = torch.randn(2, 3, 32, 32), torch.randint(0, model.eos_id, (2, 7))
-    calls = {}
-    modules = {**{f"layer {i}": layer for i, layer in enumerate(model.resampler.layers)}, **model.xattn}
-    hooks = [module.register_forward_hook(lambda _, given, out, name=name: calls.update({name: (given, out)}))
-             for name, module in modules.items()]
-    with torch.inference_mode():
-        model(tokens, model.encode(images))
-    for hook in hooks:
-        hook.remove()
-    return images, tokens, calls
-
-
-def test_resampler_probabilities_are_those_of_the_forward_pass(model, seen):
-    images, _, calls = seen
-    with torch.inference_mode():
-        visual, found = attention.resampler_attention(model.resampler, model.vit(images)[:, 1:])
-        for i, layer in enumerate(model.resampler.layers):
-            (latents, patches), out = calls[f"layer {i}"]
-            v = layer.attention_inputs(latents, patches)[2]
-            x = latents + layer.proj((found[i] @ v).transpose(1, 2).flatten(2))
-            x = x + layer.fc2(torch.nn.functional.gelu(layer.fc1(layer.norm_mlp(x))))
-            torch.testing.assert_close(x, out, rtol=0, atol=1e-5)
-        torch.testing.assert_close(visual, out, rtol=0, atol=0)
-
-
-def test_cross_attention_probabilities_are_those_of_the_forward_pass(model, seen):
-    images, tokens, calls = seen
-    with torch.inference_mode():
-        found = attention.cross_attention(model, tokens, model.encode(images))
-        assert tuple(found) == model.config.cross_attention
-        for i, probability in found.items():
-            (x, (_, v), *_), out = calls[str(i)]
-            looked = model.xattn[str(i)].out((probability @ v).transpose(1, 2).flatten(2))
-            assert looked.abs().max() > 0.1
-            torch.testing.assert_close(x + looked, out, rtol=0, atol=1e-5)
-
-
-def test_maps_are_shares_of_the_picture_and_the_default_is_the_mean_of_the_layers(model, seen):
-    images, tokens, _ = seen
-    maps = attention.attention_maps(model, images, tokens)
-    assert maps.shape == (2, 7, 4, 4) and maps.min() >= 0
-    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 7))
-    layers = [attention.attention_maps(model, images, tokens, i) for i in model.config.cross_attention]
-    torch.testing.assert_close(maps, sum(layers) / len(layers))
-    with pytest.raises(UserError, match="choose from 1, 2, 3"):
-        attention.attention_maps(model, images, tokens, 0)
-
-
-def test_map_of_a_word_does_not_see_what_follows_it_nor_the_padding(model, seen):
-    images, tokens, _ = seen
-    torch.testing.assert_close(attention.attention_maps(model, images[:1], tokens[:1, :4]),
-                               attention.attention_maps(model, images, tokens)[:1, :4])
-
-
-def test_map_lies_over_the_picture_row_by_row():
-    """With a ViT that does not mix its patches, a change in one place moves the map most there."""
-    torch.manual_seed(0)
-    model = VisionGPT(VisionGPTConfig(ViTConfig(32, 8, 0, 2, 32, 64), GPT2Config(300, 64, 4, 2, 32),
-                                      ResamplerConfig(8, 1, 2, 8, 16))).eval()
-    plain = torch.randn(1, 3, 1, 1).expand(1, 3, 32, 32)
-    changed = plain.clone()
-    changed[:, :, 8:16, 16:24] += 3 * torch.randn(1, 3, 8, 8)              # patch (1, 2) of 4 x 4
-    tokens = torch.zeros(1, 1, dtype=torch.long)
-    moved = attention.attention_maps(model, changed, tokens) - attention.attention_maps(model, plain, tokens)
-    assert moved.abs().flatten().argmax() == 4 * 1 + 2
-
-
 @pytest.mark.parametrize("text", ["a dog runs over the grass.", "two men, one bench!", "T-shirt it's ü"])
 def test_words_hold_every_token_once_and_spell_the_caption(model, text):
     tokens = model.tokenizer.encode(text)
-    found = attention.words(model.tokenizer, tokens)
+    found = sample.caption_words(model.tokenizer, tokens)
     assert sum((positions for _, positions in found), []) == list(range(len(tokens)))
     spelled = " ".join(word for word, _ in found)
     for sign in ".,!":
@@ -303,8 +232,23 @@ def test_words_hold_every_token_once_and_spell_the_caption(model, text):
     assert spelled == text
 
 
-def test_int8_captions_and_compile_wants_a_gpu(run):
+def test_attention_sheet_shows_each_word_where_the_model_looked(model, folder):
+    """A word of several tokens gets the mean of their maps; the prompt's words are not drawn."""
+    picture = sample.read_picture(str(folder / "photos/img10.png"), 32, draw=True)
+    images, prompt = model.preprocess([picture.pixels] * 2), model.tokenizer.encode("two men")
+    captions = [model.tokenizer.encode(text) for text in (" on a zebra", " on")]
+    sample.draw_attention(model, [picture, sample.Picture("other")], images, prompt, captions, layer=2)
+    tokens = torch.tensor([[model.eos_id, *prompt, *captions[0]]])
+    maps = model.attention_maps(images[:1], tokens, 2)[0, len(prompt) :]
+    words = sample.caption_words(model.tokenizer, captions[0])
+    assert [word for word, _ in words] == ["on", "a", "zebra"] and max(len(at) for _, at in words) > 1
+    of_words = [maps[positions].mean(0) for _, positions in words]
+    sheet = figures.attention_sheet(picture.shown, ["on", "a", "zebra"], of_words)
+    assert np.abs(np.asarray(picture.sheet, int) - np.asarray(sheet, int)).max() <= 2
+
+
+def test_int8_captions_and_excludes_other_dtypes(run):
     status, out, err = run("photos/img2.PNG", "--int8")
     assert (status, err) == (0, "") and out.strip()
-    with pytest.raises(UserError, match="--device cuda"):
-        run("photos/img2.PNG", "--compile", "--device", "cpu")
+    with pytest.raises(UserError, match="leave out --dtype float32"):
+        run("photos/img2.PNG", "--int8", "--dtype", "float32")
