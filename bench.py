@@ -33,13 +33,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import runs
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
-import runs
 from data import CaptionSet, batches, cached_features, collate, load_ahead, to_device, write_images, write_set
 from decoding import DecodingConfig
 from gpt2 import KVCache

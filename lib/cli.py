@@ -53,6 +53,18 @@ def check_ranges(config) -> None:
             raise UserError(f"{field.name} is {value}, but must be {limits}")
 
 
+def check_sizes(config) -> None:
+    """Raise UserError for a model config that cannot be: sizes to a million, layers to 1,000, shares to 1."""
+    for field in dataclasses.fields(config):
+        value, low, high = getattr(config, field.name), 0, 1
+        if isinstance(value, int) and not isinstance(value, bool):
+            low, high = min(1, field.default), 1000 if field.name == "n_layer" else 10**6
+        elif not isinstance(value, float):
+            continue
+        if not low <= value <= high:
+            raise UserError(f"{field.name} is {value}, but must be from {low:,} to {high:,}")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that takes --a_b for --a-b, never abbreviates, and names the nearest valid flag or value."""
 

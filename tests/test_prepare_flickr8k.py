@@ -315,7 +315,7 @@ def test_prepared_set_holds_pictures_tokens_and_splits(given_set):
     for name, image in zip(written.names, written.images):
         assert image.shape == (8, 8, 3) and (image == colour(name)).all()
     assert written.references(2) == ["A dog 0 , in 3.jpg .", "A dog 1 , in 3.jpg ."]
-    rows, _ = written.rows([2])
+    (rows,) = written.caption_tokens([2])
     assert BYTES.decode(rows[0].tolist()) == "A dog 0, in 3.jpg."
     assert set(os.listdir(given_set.out)) == {
         "images.bin", "tokens.bin", "index.npz", "captions.json", "tokenizer.json", "meta.json"}
@@ -330,7 +330,7 @@ def test_prepared_set_holds_pictures_tokens_and_splits(given_set):
 def test_raw_captions_keep_their_spaces(given_set):
     given_set.raw_captions = True
     prepare(given_set, BYTES)
-    rows, _ = data.CaptionSet(given_set.out).rows([2])
+    (rows,) = data.CaptionSet(given_set.out).caption_tokens([2])
     assert BYTES.decode(rows[0].tolist()) == "A dog 0 , in 3.jpg ."
 
 
