@@ -392,7 +392,9 @@ FREE_TEXT = {"text"}
 ACCEPTED = {
     # config.json
     "training": {"null", "object"}, "cross_attention": {"null"}, "model.vit.dropout": {"gone?"},
-    "mean": {"negative", "fraction"}, "std": {"fraction"}, "eps": {"fraction?"}, "": {"one byte shorter?"},
+    "mean.0": {"negative", "fraction"}, "std.0": {"fraction"}, "eps": {"fraction?"}, "cross_attention.0": {"gone"},
+    "resize": {"text", "negative", "gone"}, "crop": {"text", "negative", "gone"},
+    "filter": {"text", "negative", "gone"}, "transform": {"object"}, "path": {"text"},
     **{f"training.{name}": {f"{label}?" for label in VALUES} for name in
        ("step", "val_loss", "val_loss_shuffled", "preset", "data", "photographs", "blind", "source", "note")},
 }
@@ -414,6 +416,7 @@ def json_cases(part, args, parts, outputs=(), accepted=ACCEPTED, rewrite=None, l
 
     for path, label, new in mutations(load(WORLD)):
         name = next((str(step) for step in reversed(path) if isinstance(step, str)), "")
+        name += ".0" * isinstance(path[-1], int)
         full = ".".join(map(str, path))
         want = OK if label in accepted.get(full, accepted.get(name, ())) else ERROR
         want = ANY if f"{label}?" in accepted.get(full, accepted.get(name, ())) else want
@@ -1318,7 +1321,8 @@ def caption_cases():
     for name in ("coco_train.json", "karpathy.json"):
         yield from json_cases(f"captions/{name}", [*PREPARE, f"captions/{name}"], parts, out,
                               {key: {f"{label}?" for label in VALUES} for key in
-                               ("split", "cocoid", "id", "image_id", "caption", "raw", "file_name", "filename")}, lines=2)
+                               ("split", "cocoid", "id", "image_id", "caption", "raw", "file_name", "filename",
+                                "sentences", "sentences.0")}, lines=2)
     for name in ("captions.csv", "flickr.txt", "rows.jsonl", "list.json", "coco_train.json", "karpathy.json"):
         yield from file_cases(f"captions/{name}", [*PREPARE, f"captions/{name}"], parts, out,
                               ("halved?", "one byte shorter?") + (("one byte longer?", "zeros?") if name[0] in "cfr" else ()),
@@ -1365,16 +1369,18 @@ def group_config():
 
 
 def group_meta():
-    free = {"source": {"null", "text"}, "counts": {"object"}, "clean_captions": {"true"}, "image_ids.0": {"negative?"},
-            "images.0": {"text"}, "splits.train": {"list?"}, "splits.val": {"list"}, "splits.test.0": set()}
-    free |= {f"counts.{k}": {"negative?"} for k in ("images", "captions")}
+    free = {"source": {"null", "text", "gone"}, "counts": {"object", "gone"}, "clean_captions": {"true"},
+            "image_ids.0": {"negative"}, "images.0": {"text"}, "splits.train": {"list?"}, "splits.val": {"list"},
+            **{f"splits.{split}.0": {"gone?"} for split in ("train", "val", "test")},
+            **{f"counts.{key}": {"negative", "gone"} for key in ("images", "captions")}}
     args = [*EVALUATE, "--checkpoint", "complete", "--data", "data"]
     yield from json_cases("data/meta.json", args, ("complete", "data"), (), free)
     yield from json_cases("data/meta.json", [*TRAIN, "--out=new"], ("data", "weights"), ("new", "data/features-*"),
                           free | {"splits.val": set(), "splits.test": {"list"}})
     yield from json_cases("data/captions.json", args, ("complete", "data"), (), {"0": {"text"}, "": {"text"}})
     yield from json_cases("shapes/scenes.jsonl", ["evaluate.py", "--predictions", "shapes.json", "--data", "shapes"],
-                          ("shapes", "shapes.json"), (), {"arrangement": {"text?"}})
+                          ("shapes", "shapes.json"), (), {"arrangement": {f"{label}?" for label in VALUES if label != "deep"}, "size": {"text"},
+                                                     "colour": {"text"}, "shape": {"text"}})
 
 
 def group_sources():
@@ -1394,6 +1400,10 @@ def group_sources():
                 "image_mean": gone, "image_std": gone, "mean": gone, "std": gone, "crop_pct": gone,
                 "interpolation": gone, "input_size": gone, "pretrained_cfg": gone | {"object?"}, "height": {"gone?"},
                 "width": {"gone?"}, "": {"object?"}, "metadata.total_size": {f"{label}?" for label in VALUES}}
+            if folder == "sharded":
+                held = json.loads((WORLD / "source/sharded" / files[0]).read_text())
+                accepted |= {f"weight_map.{tensor}": {"gone?"} for tensor in held["weight_map"]}
+            accepted |= {"resample": gone | {"negative?", "text?"}, "do_center_crop": gone | {"true?"}}
             yield from json_cases(f"source/{folder}/{name}", args, (f"source/{folder}",), ("new",), accepted)
             yield from file_cases(f"source/{folder}/{name}", args, (f"source/{folder}",), ("new",))
     yield from json_cases("source/tensorflow/hparams.json",
