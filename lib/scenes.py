@@ -1,10 +1,15 @@
 """What may be said of a drawn scene: every true sentence of a small grammar, and whether a caption is one.
 
-A scene is a dict, a line of scenes.jsonl; only size, colour, shape and centre (x, y in fractions of the
-picture, from the top left) of its one to three objects count here.
+A scene is a line of scenes.jsonl as a dict; x and y of its one to three objects are those of the centre, in
+fractions of the picture from the top left.
 """
 
+import dataclasses
 import itertools
+from typing import Literal
+
+from lib import records
+from lib.cli import UserError
 
 PLACES = ["at the top left", "at the top", "at the top right",             # ninths of the picture, row by row
           "on the left", "in the middle", "on the right",
@@ -16,6 +21,34 @@ RELATIONS = {"left of": ["left of", "to the left of"], "right of": ["right of", 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = [None, "one shape", "two shapes", "three shapes"]
 VERBS = ["there is", "we see"]
+
+
+@dataclasses.dataclass
+class Thing:
+    size: str
+    colour: str
+    shape: str
+    x: float = dataclasses.field(metadata=dict(min=0, max=0.9999))
+    y: float = dataclasses.field(metadata=dict(min=0, max=0.9999))
+
+
+@dataclasses.dataclass
+class Scene:
+    arrangement: Literal[ROW, COLUMN, *PLACES]
+    objects: list[Thing]
+
+    def __post_init__(self):
+        if not 1 <= len(self.objects) <= 3:
+            raise UserError(f"a scene has {len(self.objects)} objects, but must have one to three")
+
+
+def read_scenes(file: str, number: int) -> list[dict]:
+    """The scenes of a scenes.jsonl, of which there must be `number`. Raises UserError for a damaged file."""
+    lines = records.read_bytes(file).splitlines()
+    if len(lines) != number:
+        raise UserError(f"{file} has {len(lines):,} lines for {number:,} images; prepare the set again")
+    return [dataclasses.asdict(records.parse_json(Scene, line, f"{file} line {i}"))
+            for i, line in enumerate(lines, 1)]
 
 
 def place(o: dict) -> str:
