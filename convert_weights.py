@@ -40,6 +40,8 @@ DOWNLOADS = {                                # file -> (address, SHA-256 or its 
                                "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
     "gpt2/merges.txt": (f"{HUB}/openai-community/gpt2/resolve/main/merges.txt",
                         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")}
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "fusion.safetensors",
+                    "training_state.pt")
 GPT2_VOCAB_SIZE = 50257
 VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}        # by width, where the source does not say
 GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
@@ -54,8 +56,8 @@ class ConvertConfig:
     weights: str | None = flag(None, "another folder to look for --checkpoint's backbones in", metavar="DIR")
     out: str | None = flag(None, "folder to write: weights, weights/vision-gpt or DIR-<dtype>", metavar="DIR")
     dtype: str = flag("auto", "dtype to store the tensors in; auto means float32", choices=cli.DTYPES)
-    heads: int | None = flag(None, "attention heads, if neither the source nor its width tells", min=1)
-    image_size: int | None = flag(None, "interpolate the ViT's positions to images of this size", min=1)
+    heads: int | None = flag(None, "attention heads, if the source does not tell", min=1, max=1000)
+    image_size: int | None = flag(None, "interpolate the ViT to images of this size", min=1, max=4096)
     check: str | None = flag(None, "show what the converted models make of this image", metavar="IMAGE")
 
     def __post_init__(self):
@@ -76,9 +78,12 @@ def shape_of(tensors, name, default):
     return default if tensor is None or tensor.ndim != len(default) else tuple(tensor.shape)
 
 
-def count_layers(tensors, prefix):
-    numbers = (int(m[1]) for name in tensors if (m := re.match(rf"{prefix}\.(\d+)\.", name)))
-    return 1 + max(numbers, default=-1)
+def count_layers(tensors, prefix, source):
+    """The number of layers under a prefix. Raises UserError for gaps, so that there is a tensor in each."""
+    layers = {int(m[1]) for name in tensors if (m := re.match(rf"{prefix}\.([0-9]{{1,4}})\.", name))}
+    if layers != set(range(len(layers))):
+        raise UserError(f"{source} holds {len(layers)} layers whose numbers have gaps")
+    return len(layers)
 
 
 def pick_heads(stated, width, table, source):
@@ -90,10 +95,11 @@ def pick_heads(stated, width, table, source):
 
 
 def build_module(module_class, config, tensors, source) -> nn.Module:
-    """A module that holds `tensors`. Raises UserError that lists what differs."""
+    """A module that holds `tensors`. Raises UserError that lists what differs, or for NaN."""
     with torch.device("meta"):
         module = module_class(config)
     checkpoint.load_strict(module, tensors, source)
+    checkpoint.check_finite(tensors, f"cannot use {source}")
     return module.eval()
 
 
@@ -105,9 +111,10 @@ def vit_sizes(tensors, source):
     C = shape_of(tensors, "cls_token", (1, 1, 768))[2]
     P = shape_of(tensors, "patch_embed.weight", (C, 3, 16, 16))[2]
     N = shape_of(tensors, "pos_embed", (1, 197, C))[1] - 1
-    if math.isqrt(N) ** 2 != N:
+    if N < 1 or math.isqrt(N) ** 2 != N:
         raise UserError(f"{source} has {N + 1} positions, which is not a class token and a square of patches")
-    return dict(image_size=math.isqrt(N) * P, patch_size=P, n_embd=C, n_layer=count_layers(tensors, "blocks"),
+    return dict(image_size=math.isqrt(N) * P, patch_size=P, n_embd=C, 
+                n_layer=count_layers(tensors, "blocks", source),
                 n_mlp=shape_of(tensors, "blocks.0.mlp.fc1.weight", (3072, C))[0],
                 n_class=shape_of(tensors, "head.weight", (0, C))[0])
 
@@ -132,6 +139,8 @@ def load_vit(path: str | Path, heads: int | None = None, image_size: int | None 
     config.transform = resize_transform(config.transform, config.image_size)
     if config.image_size != sizes["image_size"] and "pos_embed" in tensors:
         side = config.image_size // config.patch_size
+        if side > 256:
+            raise UserError(f"--image-size {image_size} makes {side} x {side} patches, more than 256 x 256")
         tensors["pos_embed"] = interpolate_pos_embed(tensors["pos_embed"], side)
     return build_module(ViT, config, tensors, f"{path} ({fmt.name})"), fmt.name
 
@@ -154,11 +163,12 @@ def resize_transform(transform: dict, size: int) -> dict:
     return transform | dict(resize=resize, crop=size)
 
 
-def gpt2_sizes(tensors):
+def gpt2_sizes(tensors, source):
     """The fields of GPT2Config that follow from shapes."""
     C = shape_of(tensors, "ln_f.weight", (768,))[0]
     return dict(vocab_size=shape_of(tensors, "wte.weight", (GPT2_VOCAB_SIZE, C))[0], n_embd=C,
-                n_positions=shape_of(tensors, "wpe.weight", (1024, C))[0], n_layer=count_layers(tensors, "h"))
+                n_positions=shape_of(tensors, "wpe.weight", (1024, C))[0],
+                n_layer=count_layers(tensors, "h", source))
 
 
 def load_gpt2(path: str | Path, heads: int | None = None) -> tuple[GPT2, str]:
@@ -169,14 +179,14 @@ def load_gpt2(path: str | Path, heads: int | None = None) -> tuple[GPT2, str]:
     head = next((tensor for name, tensor in state_dict.items() if name.endswith("lm_head.weight")), None)
     if head is not None and "wte.weight" in tensors and not torch.equal(head.float(), tensors["wte.weight"]):
         raise UserError(f"{path} has a head of its own (lm_head.weight), but GPT-2's is its token embedding")
-    surplus = gpt2_sizes(tensors)["vocab_size"] - GPT2_VOCAB_SIZE
+    surplus = gpt2_sizes(tensors, path)["vocab_size"] - GPT2_VOCAB_SIZE
     if surplus > 0:                                                  # nanoGPT pads, others add tokens
         print(f"{path}: dropping {surplus} rows beyond GPT-2's vocabulary", file=sys.stderr)
         tensors["wte.weight"] = tensors["wte.weight"][:GPT2_VOCAB_SIZE]
     if fmt is weight_formats.NANOGPT and not any(name.endswith(".bias") for name in tensors):     # bias=False
         tensors |= {name.replace("weight", "bias"): torch.zeros(len(tensor))
                     for name, tensor in tensors.items() if name.startswith(("h.", "ln_f"))}
-    fields = weight_formats.gpt2_settings(fmt, source_config, path) | gpt2_sizes(tensors)
+    fields = weight_formats.gpt2_settings(fmt, source_config, path) | gpt2_sizes(tensors, path)
     fields["n_head"] = pick_heads(heads or fields["n_head"], fields["n_embd"], GPT2_HEADS, path)
     return build_module(GPT2, GPT2Config(**fields), tensors, f"{path} ({fmt.name})"), fmt.name
 
@@ -188,14 +198,14 @@ def load_published(path: str | Path, heads: int | None = None) -> tuple[VisionGP
     tensors = weight_formats.map_names(weight_formats.split_blocks(state_dict, path), fmt, path)
     parts = {part: {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
              for part in ("vit.", "gpt2.", "resampler.")}
-    vit, gpt2 = vit_sizes(parts["vit."], path), gpt2_sizes(parts["gpt2."])
+    vit, gpt2 = vit_sizes(parts["vit."], path), gpt2_sizes(parts["gpt2."], path)
     if gpt2["vocab_size"] != GPT2_VOCAB_SIZE and "gpt2.wte.weight" in tensors:
         tensors["gpt2.wte.weight"] = tensors["gpt2.wte.weight"][:-1]         # <|pad|>, which is never read
         gpt2["vocab_size"] -= 1
     vit["n_head"] = pick_heads(heads, vit["n_embd"], VIT_HEADS, path)
-    gpt2["n_head"] = pick_heads(heads or source_config.get("n_heads"), gpt2["n_embd"], GPT2_HEADS, path)
+    gpt2["n_head"] = pick_heads(heads or source_config.n_heads, gpt2["n_embd"], GPT2_HEADS, path)
     resampler = ResamplerConfig(
-        n_latent=len(tensors["resampler.latents"]), n_layer=count_layers(parts["resampler."], "layers"),
+        n_latent=len(tensors["resampler.latents"]), n_layer=count_layers(parts["resampler."], "layers", path),
         n_head=shape_of(tensors, "resampler.layers.0.q.weight", (512, 768))[0] // 64,
         n_mlp=shape_of(tensors, "resampler.layers.0.fc1.weight", (256, 768))[0])
     cross_attention = {int(name.split(".")[1]) for name in tensors if name.startswith("xattn.")}
@@ -270,19 +280,22 @@ def convert_backbones(settings, dtype):
             check_vit(vit, settings.check)
     if gpt2_path:
         gpt2, fmt = load_gpt2(gpt2_path, settings.heads)
-        tokenizer = find_tokenizer(gpt2.config.vocab_size, folder_of(gpt2_path))
+        size = gpt2.config.vocab_size
+        tokenizer = find_tokenizer(size, folder_of(gpt2_path))
+        held = Tokenizer.load(out) if (out / "tokenizer.json").exists() else None
+        if held and (held.vocab_size != size or tokenizer and held.ranks != tokenizer.ranks):
+            refuse_existing(out, "tokenizer.json")                   # another model's
         write_backbone("gpt2", gpt2, fmt, out, dtype)
-        if tokenizer:
+        if tokenizer and not held:
             tokenizer.save(out)
             print(f"{out / 'tokenizer.json'}: GPT-2's, {tokenizer.vocab_size} tokens")
-        elif gpt2.config.vocab_size != GPT2_VOCAB_SIZE:
-            (out / "tokenizer.json").unlink(missing_ok=True)         # another model's
         if settings.check and tokenizer:
             check_gpt2(gpt2, tokenizer)
 
 
 def convert_published(settings, dtype):
     path, out = Path(settings.vision_gpt), Path(settings.out or "weights/vision-gpt")
+    refuse_existing(out, *CHECKPOINT_FILES)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", settings.vision_gpt):
         path = download_file(f"{HUB}/{settings.vision_gpt}/resolve/main/model_fp32/model_checkpoint.pth",
                              Path("downloads") / path.name / "model_checkpoint.pth")
@@ -299,8 +312,7 @@ def convert_published(settings, dtype):
 def convert_checkpoint(settings, dtype):
     folder = Path(settings.checkpoint)
     out = Path(settings.out or f"{folder.resolve()}-{str(dtype).removeprefix('torch.')}")
-    if out.resolve() == folder.resolve():
-        raise UserError(f"--out is the checkpoint {folder} itself: name another folder")
+    refuse_existing(out, *CHECKPOINT_FILES)
     model = VisionGPT.from_pretrained(folder, device="cpu", weights=settings.weights)
     write_checkpoint(model, "trained Vision-GPT", out, dtype, checkpoint.read_config(folder).get("training"))
     if settings.check:
@@ -327,18 +339,28 @@ def find_tokenizer(vocab_size, *folders):
         return None
 
 
+def refuse_existing(out, *names):
+    """Raise UserError rather than replace or contradict a file in the folder to write."""
+    if found := [out / name for name in names if (out / name).exists()]:
+        raise UserError(f"{found[0]} is already there: name another folder with --out, or move it away")
+
+
 def write_backbone(name, module, fmt, out, dtype):
-    """Write `out`/`name`.safetensors with the hash of its float32 tensors."""
+    """Write `out`/`name`.safetensors with the hash of its float32 tensors, unless another model is there."""
+    file, digest = out / f"{name}.safetensors", checkpoint.sha256(module.state_dict())
+    try:
+        same = checkpoint.read_metadata(file).get("sha256") == digest
+    except UserError:                                                # missing, or not written by this program
+        same = False
+    if not same:
+        refuse_existing(out, file.name)
     out.mkdir(parents=True, exist_ok=True)
-    digest = checkpoint.sha256(module.state_dict())
-    checkpoint.save_module(module.to(dtype), out / f"{name}.safetensors", sha256=digest)
-    print_summary(module.float(), fmt, digest, out / f"{name}.safetensors")
+    checkpoint.save_module(module.to(dtype), file, sha256=digest)
+    print_summary(module.float(), fmt, digest, file)
 
 
 def write_checkpoint(model, fmt, out, dtype, training):
-    """Write a complete checkpoint folder. Raises UserError rather than write over a training run."""
-    if any((out / name).exists() for name in ("fusion.safetensors", "training_state.pt")):
-        raise UserError(f"{out} holds a training run: name another folder with --out")
+    """Write a complete checkpoint folder."""
     model.save_pretrained(out, dtype, training=training)
     print_summary(model, fmt, checkpoint.sha256(model.state_dict()), out / "model.safetensors")
 

@@ -20,14 +20,14 @@ class DecodingConfig:
     num_beams: int = flag(1, "beams of beam search; 1 is greedy decoding or sampling", min=1, max=1000)
     length_penalty: float = flag(1.0, "a beam's score is its log-probability / length**length_penalty",
                                  min=-10, max=10)
-    temperature: float | None = flag(None, "sample, with the logits divided by this; 0 is greedy", min=0, max=100)
+    temperature: float | None = flag(None, "sample, with logits divided by this; 0 is greedy", min=0, max=100)
     top_k: int | None = flag(None, "sample from the k likeliest tokens", min=1)
     top_p: float | None = flag(None, "sample from the likeliest tokens that together have this probability",
                                min=1e-9, max=1)
     repetition_penalty: float = flag(1.0, "above 1, tokens already in the text become less likely",
                                      min=0.01, max=100)
     no_repeat_ngram: int = flag(0, "no sequence of this many tokens occurs twice; 0 is off", min=0)
-    num_return_sequences: int = flag(1, "captions per image: the best beams, or so many samples", min=1, max=1000)
+    num_return_sequences: int = flag(1, "captions per image, the best beams or samples", min=1, max=1000)
     prompt: str = flag("", "text that the caption starts with")
     min_length: int = flag(0, "fewest new tokens before the end token", min=0)
     max_length: int = flag(50, "most new tokens, the end token included", min=1)
@@ -111,7 +111,8 @@ def beam_search(step, select, start, config, eos_id, generator=None):
         best_text = texts.gather(1, keep[:, :, None].expand(-1, -1, L))
 
     for new in range(1, L + 1):
-        logits = process_logits(logits.float(), torch.cat([prompt, text[:, : new - 1]], dim=1), config, eos_id, new)
+        so_far = torch.cat([prompt, text[:, : new - 1]], dim=1)
+        logits = process_logits(logits.float(), so_far, config, eos_id, new)
         total = live.view(-1, 1) - logits.logsumexp(-1, keepdim=True)        # plus a logit: log-probability
         finish((total + logits[:, eos_id : eos_id + 1]).view(B, G), new)
         logits[:, eos_id] = -torch.inf

@@ -3,9 +3,9 @@
     fast.pack(model)                # float32 or bfloat16: the same sums in another order, 2 to 3 times faster
     fast.pack(model, int8=True)     # bfloat16, GPT-2's weights rounded to 8 bits: a little less exact
 
-A model left alone computes the same in plain PyTorch. Packing pays because for float32 PyTorch's F.linear calls
-MKL, which reaches less than half of oneDNN's speed on AMD CPUs, and because packed weights need not be laid out
-again for every token.
+A model left alone computes the same in plain PyTorch. Packing pays because for float32 PyTorch's F.linear
+calls MKL, which reaches less than half of oneDNN's speed on AMD CPUs, and because packed weights need not be
+laid out again for every token.
 """
 
 import sys
@@ -30,12 +30,12 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
 def pack(model: nn.Module, int8: bool = False, copies: bool = True) -> nn.Module:
     """Swap the linear layers and the head of a model on the CPU for ones that use oneDNN; returns the model.
 
-    The parameters and their names stay. With `copies` frozen weights are packed at first use, which takes their
-    memory again, else the head alone. To caption, call `fast.pack(model.requires_grad_(False))`.
+    The parameters and their names stay. With `copies` frozen weights are packed at first use, which takes
+    their memory again, else the head alone. To caption, call `fast.pack(model.requires_grad_(False))`.
 
-    With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale for each output row,
-    while activations stay bfloat16, so that GPT-2's few very large channels cost nothing. Raises UserError unless
-    the model is in bfloat16 on the CPU.
+    With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale for each output
+    row, while activations stay bfloat16, so that GPT-2's few very large channels cost nothing. Raises
+    UserError unless the model is in bfloat16 on the CPU.
     """
     first = next(model.parameters())
     if int8 and (first.device.type != "cpu" or first.dtype != torch.bfloat16):
@@ -52,7 +52,7 @@ def pack(model: nn.Module, int8: bool = False, copies: bool = True) -> nn.Module
                 setattr(parent, name, PackedLinear(child, rounded, copies))
             elif isinstance(child, TokenEmbedding):
                 setattr(parent, name, PackedEmbedding(child, rounded))
-        if isinstance(getattr(parent, "activation", None), nn.GELU):             # of an MLP: into its first layer
+        if isinstance(getattr(parent, "activation", None), nn.GELU):         # of an MLP: into its first layer
             layer = next(child for child in parent.children() if isinstance(child, nn.Linear))
             layer.gelu, parent.activation = parent.activation.approximate, nn.Identity()
     return model
@@ -110,7 +110,8 @@ class PackedWeight:
         return (plain.float() / scale).round().to(torch.int8), scale.flatten().to(plain.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight, gelu: str | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight,
+           gelu: str | None = None) -> Tensor:
     """F.linear: x (..., K), weight (N, K), bias (N,) -> (..., N); then F.gelu(approximate=gelu), if named."""
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype

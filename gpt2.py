@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.checkpoint import load_module
-from lib.cli import UserError
+from lib.cli import UserError, check_sizes
 
 
 @dataclass
@@ -27,6 +27,7 @@ class GPT2Config:
     dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
 
     def __post_init__(self):
+        check_sizes(self)
         if self.n_embd % self.n_head:
             raise UserError(f"GPT-2 width {self.n_embd} cannot be split over {self.n_head} heads")
         if self.activation not in ("gelu", "gelu_tanh"):

@@ -1,6 +1,6 @@
 """Vision-GPT: a ViT sees, a Perceiver Resampler compresses, cross-attention lets GPT-2 look while it writes.
 
-Letters: B images, G rows of text an image, T text positions, N patches, L latents, C GPT-2's width, V vocabulary.
+Letters: B images, G rows of text an image, T text positions, N patches, L latents, C width, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -28,7 +28,7 @@ class VisionGPTConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt2: GPT2Config = field(default_factory=GPT2Config)
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
-    cross_attention: tuple[int, ...] | None = None     # before these blocks of GPT-2; None: at 1/4, 1/2 and 3/4
+    cross_attention: tuple[int, ...] | None = None # before these blocks of GPT-2; None: 1/4, 1/2, 3/4
 
     def __post_init__(self):
         for name, kind in (("vit", ViTConfig), ("gpt2", GPT2Config), ("resampler", ResamplerConfig)):
@@ -57,8 +57,8 @@ class VisionGPT(nn.Module):
         self.resampler = PerceiverResampler(config.resampler, config.vit.n_embd, width)
         self.xattn = nn.ModuleDict({str(i): CrossAttention(width, config.gpt2.n_head, dropout)
                                     for i in config.cross_attention})
-        given = [name for name, part in (("vit.", vit), ("gpt2.", gpt2)) if part]
-        init_weights({name: p for name, p in self.named_parameters() if not name.startswith(tuple(given))}, config)
+        given = tuple(name for name, part in (("vit.", vit), ("gpt2.", gpt2)) if part)
+        init_weights({name: p for name, p in self.named_parameters() if not name.startswith(given)}, config)
         self.freeze()
 
     def freeze(self, frozen: bool = True) -> "VisionGPT":
@@ -120,14 +120,14 @@ class VisionGPT(nn.Module):
 
     def forward(self, tokens: Tensor, visual: Tensor | None = None, targets: Tensor | None = None,
                 positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B * G, T) -> logits (B * G, T, V), and the mean cross-entropy over targets but -100, or None.
+        """Tokens (B * G, T) -> logits (B * G, T, V), and the mean cross-entropy over targets, or None.
 
         Rows b * G to b * G + G - 1 look at visual[b], of (B, L, C); without `visual` this is plain GPT-2.
-        `targets[r, t]` is the token after `tokens[r, t]`. `positions` (B * G, T) restart at 0 with each of the
-        captions packed into a row.
+        `targets[r, t]` is the token after `tokens[r, t]`, -100 if it does not count. `positions` (B * G, T)
+        restart at 0 with each of the captions packed into a row.
         """
         if visual is not None and len(tokens) % len(visual):
-            raise UserError(f"{len(tokens)} rows of text cannot be shared out evenly among {len(visual)} images")
+            raise UserError(f"{len(tokens)} rows of text cannot be split evenly over {len(visual)} images")
         logits = self.gpt2.logits(self.hidden(tokens, self.cross_kv(visual), positions))
         if targets is None:
             return logits, None
@@ -155,8 +155,8 @@ class VisionGPT(nn.Module):
             raise UserError(f"{len(captions)} captions for {len(images)} images: give one for each")
         rows = [[self.require_tokenizer().encode(text)] for text in captions]
         tokens, targets, positions = (t.to(self.device) for t in pack_captions(rows, self.eos_id))
-        logits = self(tokens, self.encode(images), positions=positions)[0].float().transpose(1, 2)   # (B, V, T)
-        losses = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+        logits, _ = self(tokens, self.encode(images), positions=positions)                         # (B, T, V)
+        losses = F.cross_entropy(logits.float().mT, targets, ignore_index=-100, reduction="none")
         return -losses.sum(1) / (targets != -100).sum(1)
 
     @torch.inference_mode()
@@ -172,7 +172,7 @@ class VisionGPT(nn.Module):
             raise UserError(f"GPT-2's block {layer} has no cross-attention; choose from {blocks}")
         visual, to_patches = self.resampler(self.features(images), return_weights=True)
         _, to_latents = self.hidden(tokens.to(self.device), self.cross_kv(visual), return_weights=True)
-        chosen = torch.stack([w for i, w in to_latents.items() if layer in (None, i)])     # (blocks, B, H, T, L)
+        chosen = torch.stack([w for i, w in to_latents.items() if layer in (None, i)])  # (blocks, B, H, T, L)
         maps = chosen.mean((0, 2)) @ to_patches.mean(1)                                     # (B, T, N)
         side = self.config.vit.image_size // self.config.vit.patch_size
         return maps.unflatten(-1, (side, side)).cpu()
@@ -311,17 +311,17 @@ class VisionGPT(nn.Module):
 def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
     """What each new parameter starts as. LayerNorm weights keep their ones.
 
-    A standard deviation of fan_in**-0.5 and not GPT-2's 0.02, which leaves models narrower than its 768 next
-    to silent for a long time.
+    A standard deviation of fan_in**-0.5 and not GPT-2's 0.02, which leaves models narrower than 768 next to
+    silent for a long time.
     """
-    table = {                                        # end of the name: standard deviation, the first that fits
+    table = {                                        # end of the name: standard deviation
         "vit.cls_token": config.vit.n_embd**-0.5,
-        "vit.pos_embed": 3.0,                        # louder than contents: where things are is learned first
+        "vit.pos_embed": 3.0,                        # louder than contents: learns where things are first
         "resampler.latents": 0.02,
         "wpe.weight": config.gpt2.n_embd**-0.5,      # an embedding's fan-in is its width
         "wte.weight": config.gpt2.n_embd**-0.5,
-        "c_proj.weight": (2 * config.gpt2.n_layer * config.gpt2.n_embd) ** -0.5,    # deeper models start smaller
-        "out.weight": 0.0,                           # untrained, cross-attention changes nothing: exactly GPT-2
+        "c_proj.weight": (2 * config.gpt2.n_layer * config.gpt2.n_embd) ** -0.5,    # deeper: smaller
+        "out.weight": 0.0,                           # untrained cross-attention changes nothing
     }
     for name, p in named.items():
         if name.endswith("bias"):
@@ -329,7 +329,7 @@ def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
         elif name.endswith(tuple(table)):
             nn.init.normal_(p, std=next(std for end, std in table.items() if name.endswith(end)))
         elif p.ndim > 1:
-            fan_in = p[0].numel() * (1 if name.startswith(FROZEN) else 3)      # the fusion's: PyTorch's variance
+            fan_in = p[0].numel() * (1 if name.startswith(FROZEN) else 3)     # the fusion: PyTorch's variance
             nn.init.normal_(p, std=fan_in**-0.5)
 
 
@@ -356,7 +356,8 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, label_smoothing):
-        total, grad = x.new_zeros((), dtype=torch.float32), torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        total = x.new_zeros((), dtype=torch.float32)
+        grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         chunk = CHUNK if x.is_cuda else CHUNK // 8                                # of a CPU's cache
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)

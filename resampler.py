@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.cli import UserError
+from lib.cli import check_sizes
 
 EPS = 1e-5
 
@@ -24,13 +24,11 @@ class ResamplerConfig:
     dropout: float = 0.1               # on attention and MLP outputs, cross-attention's too
 
     def __post_init__(self):
-        for name in ("n_latent", "n_layer", "n_head", "head_width", "n_mlp"):
-            if getattr(self, name) < 1:
-                raise UserError(f"resampler: {name} is {getattr(self, name)}, but must be at least 1")
+        check_sizes(self)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-    """q (B, H, T, D), k and v (B, H, N, D) -> (B, T, H * D), and the attention weights (B, H, T, N) or None."""
+    """q (B, H, T, D), k and v (B, H, N, D) -> (B, T, H * D), and the weights (B, H, T, N) or None."""
     if not return_weights:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), None
     weights = (q.float() @ k.float().mT / q.shape[-1] ** 0.5).softmax(-1)
@@ -93,13 +91,13 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def cross_kv(self, visual: Tensor) -> Tensor:
-        """Visual tokens (B, L, C) -> k and v (2, B, H, L, D): once an image, for all its captions and words."""
+        """Visual tokens (B, L, C) -> k and v (2, B, H, L, D): once for all captions and words."""
         B, L, _ = visual.shape
         return self.kv(visual).view(B, L, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, cross_kv: Tensor, return_weights: bool = False):
         """Text (B * G, T, C), G rows an image -> the same shape, and the weights (B, H, G * T, L) or None."""
         k, v = cross_kv
-        q = self.q(self.ln(x)).view(len(k), -1, self.n_head, k.shape[-1]).transpose(1, 2)    # (B, H, G * T, D)
+        q = self.q(self.ln(x)).view(len(k), -1, self.n_head, k.shape[-1]).transpose(1, 2)  # (B, H, G * T, D)
         seen, weights = attend(q, k, v, return_weights)                                      # (B, G * T, C)
         return x + self.dropout(self.out(seen.reshape(x.shape))), weights

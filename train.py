@@ -59,7 +59,8 @@ class TrainConfig:
     weight_decay: float = flag(0.01, "AdamW's, on matrices only", min=0, max=1000)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off", min=0, max=1e9)
     dropout: float = flag(0.1, "on attention and MLP outputs of what is trained", min=0, max=0.99)
-    word_dropout: float = flag(0.0, "share of the words that GPT-2 has to say without seeing them", min=0, max=0.99)
+    word_dropout: float = flag(0.0, "share of the words hidden from GPT-2, which still has to say them",
+                               min=0, max=0.99)
     label_smoothing: float = flag(0.0, "share of each target spread over the vocabulary, in training only",
                                   min=0, max=0.99)
     augment: bool = flag(False, "random crops and flips; the ViT's features are then not cached")
@@ -124,15 +125,15 @@ def scratch_config(preset: str, vocab_size: int, n_positions: int) -> VisionGPTC
 
 
 def resolve_config(given: dict) -> tuple[TrainConfig, dict | None]:
-    """The flags given on the command line -> the settings of the run, and the saved state to resume or None."""
+    """The flags of the command line -> the settings of the run, and the saved state to resume or None."""
     cfg = TrainConfig(**{**PRESETS[given.get("preset", "flickr8k")], **given})
     saved = TrainState.read(Path(cfg.out) / "training_state.pt") if cfg.resume else None
     if saved is None:
         return cfg, None
     for name, value in given.items():
         if name not in RESUMABLE and name != "out" and value != saved["config"][name]:
-            raise UserError(f"the run in {cfg.out} was started with {name} {saved['config'][name]!r}, not {value!r}; "
-                            f"leave the flag out to continue it, or start a new run in another --out")
+            raise UserError(f"the run in {cfg.out} was started with {name} {saved['config'][name]!r}, not "
+                            f"{value!r}; leave the flag out to continue it, or start anew in another --out")
     changed = {name: value for name, value in given.items() if name in RESUMABLE}
     return TrainConfig(**{**saved["config"], **changed, "out": cfg.out, "overwrite": False}), saved
 
@@ -194,15 +195,15 @@ def trained_parameters(model: VisionGPT) -> dict[str, torch.nn.Parameter]:
 
 
 def configure_optimizer(model: VisionGPT, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained; weight decay on matrices only, not on norms, biases, latents and positions."""
+    """AdamW over what is trained; weight decay on matrices only, not on norms, biases and positions."""
     named = trained_parameters(model)
     matrix = {name: p for name, p in named.items()
               if p.ndim >= 2 and not name.endswith(("latents", "_token", "_embed"))}
     other = [p for name, p in named.items() if name not in matrix]
     groups = [{"params": list(matrix.values()), "weight_decay": cfg.weight_decay},
               {"params": other, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.98 if cfg.train == "all" else 0.999),
-                             fused=model.device.type in ("cpu", "cuda"))
+    betas = 0.9, 0.98 if cfg.train == "all" else 0.999
+    return torch.optim.AdamW(groups, cfg.learning_rate, betas, fused=model.device.type in ("cpu", "cuda"))
 
 
 def get_lr(step: int, total: int, cfg: TrainConfig) -> float:
@@ -223,7 +224,7 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, amp: torch.dtype | None):
-    """Mixed precision; on the CPU also plain attention, whose backward is faster there for rows this short."""
+    """Mixed precision; on the CPU also plain attention, whose backward is faster there on short rows."""
     plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
     with torch.autocast(device.type, dtype=amp, enabled=amp is not None), plain:
         yield
@@ -233,7 +234,8 @@ def autocast(device: torch.device, amp: torch.dtype | None):
 # what the loop is made of
 
 
-def training_batches(data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig, steps: range) -> Iterator[list]:
+def training_batches(data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig,
+                     steps: range) -> Iterator[list[dict]]:
     """The micro-batches of each optimizer step, which follow from (seed, step) alone."""
     images = data.split("train")
     per_epoch = math.ceil(len(images) / cfg.batch_size)
@@ -264,7 +266,8 @@ def batch_loss(model: VisionGPT, batch: dict, amp: torch.dtype | None, label_smo
     with autocast(model.device, amp):
         visual = model.encode(images=batch.get("images"), features=batch.get("features"))
         visual = visual.roll(1, 0) if shuffled else visual
-        return model.loss(batch["tokens"], visual, batch["targets"], batch["positions"], label_smoothing, "sum")
+        return model.loss(batch["tokens"], visual, batch["targets"], batch["positions"], label_smoothing,
+                          reduction="sum")
 
 
 def train_step(model: VisionGPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -288,8 +291,8 @@ def train_step(model: VisionGPT, optimizer: torch.optim.Optimizer, scaler: torch
 
 
 @torch.no_grad()
-def estimate_loss(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, images: np.ndarray, batch_size: int,
-                  amp: torch.dtype | None) -> tuple[float, float]:
+def estimate_loss(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, images: np.ndarray,
+                  batch_size: int, amp: torch.dtype | None) -> tuple[float, float]:
     """Mean loss per target over all captions of `images`, looking at their own image and at a neighbour's."""
     model.eval()
     images = images[np.argsort(data.row_lengths(images), kind="stable")]
@@ -305,7 +308,8 @@ def estimate_loss(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, image
 
 
 @torch.inference_mode()
-def sample_captions(model: VisionGPT, inputs: ImageInputs, images: np.ndarray, amp: torch.dtype | None) -> list[str]:
+def sample_captions(model: VisionGPT, inputs: ImageInputs, images: np.ndarray,
+                    amp: torch.dtype | None) -> list[str]:
     """Greedy captions of `images`."""
     model.eval()
     texts, room = [], model.config.gpt2.n_positions - 1
@@ -319,7 +323,7 @@ def sample_captions(model: VisionGPT, inputs: ImageInputs, images: np.ndarray, a
 
 @dataclass
 class TrainState:
-    """All that changes while training, kept in training_state.pt; `inputs` are hashes of weights and captions."""
+    """All that changes while training, as in training_state.pt; `inputs`: hashes of weights and captions."""
 
     trained: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -345,7 +349,8 @@ class TrainState:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             fields = {"model", "optimizer", "scaler", "step", "best", "losses", "backbones", "config"}
-            if not fields <= saved.keys() or saved["config"].keys() != TrainConfig.__dataclass_fields__.keys():
+            settings = {field.name for field in dataclasses.fields(TrainConfig)}
+            if not fields <= saved.keys() or saved["config"].keys() != settings:
                 raise KeyError
         except Exception as error:                                    # a damaged file fails in many ways
             raise UserError(f"{file} is damaged or of another version ({type(error).__name__}); "
@@ -356,7 +361,8 @@ class TrainState:
         """Continue from what `read` returned. Raises UserError if weights or captions are others now."""
         if saved["backbones"] != self.inputs or any(
                 p.shape != saved["model"][name].shape for name, p in self.trained.items()):
-            raise UserError(f"the weights or the data are no longer those that the run in {out} was started with")
+            raise UserError("the weights or the data are no longer those that the run in "
+                            f"{out} was started with")
         for name, p in self.trained.items():
             p.data.copy_(saved["model"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -384,7 +390,7 @@ log = functools.partial(print, flush=True)
 
 def place_model(model: VisionGPT, data: CaptionSet, cfg: TrainConfig, device: torch.device,
                 amp: torch.dtype | None) -> ImageInputs:
-    """Move the model to where it trains and cache the features of a frozen ViT; returns the model's inputs."""
+    """Move the model to where it trains, cache the features of a frozen ViT; returns the model's inputs."""
     kept = model.frozen and model.backbones                           # files that are not saved again
     frozen_dtype = amp if kept and amp else torch.float32
     inputs = ImageInputs(model, data, cfg, device, frozen_dtype)
@@ -425,9 +431,9 @@ def evaluate(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: Train
     if val_loss < state.best:
         state.best = val_loss
         photographs = not (cfg.blind or Path(cfg.data, "scenes.jsonl").exists())
-        model.save_pretrained(cfg.out, torch.float32, model.backbones if model.frozen else None,
-                              dict(step=state.step, val_loss=val_loss, val_loss_shuffled=shuffled_loss,
-                                   preset=cfg.preset, data=cfg.data, photographs=photographs, blind=cfg.blind))
+        summary = dict(step=state.step, val_loss=val_loss, val_loss_shuffled=shuffled_loss, preset=cfg.preset,
+                       data=cfg.data, photographs=photographs, blind=cfg.blind)
+        model.save_pretrained(cfg.out, torch.float32, model.backbones if model.frozen else None, summary)
 
 
 def finish(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig, logger: Log,
@@ -447,7 +453,8 @@ def finish(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainCo
     if Path(cfg.data, "scenes.jsonl").exists():
         scenes = [json.loads(line) for line in Path(cfg.data, "scenes.jsonl").read_text().splitlines()]
         test = data.split("test")
-        right = sum(judge(text, scenes[i]) for text, i in zip(sample_captions(model, inputs, test, amp), test))
+        texts = sample_captions(model, inputs, test, amp)
+        right = sum(judge(text, scenes[i]) for text, i in zip(texts, test))
         log(f"{right} of {len(test)} greedy captions of unseen test scenes are right in every word "
             f"({100 * right / len(test):.1f} %)")
 
@@ -477,9 +484,9 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
         logger, total = Log(out / "log.jsonl", state.step, cfg), total_steps(cfg, n_train)
-        log(f"{sum(p.numel() for p in state.trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} "
-            f"parameters trained on {n_train:,} images of {cfg.data}; {total} steps on {device}, "
-            f"{amp or torch.float32}")
+        trained, held = (sum(p.numel() for p in own) for own in (state.trained.values(), model.parameters()))
+        log(f"{trained:,} of {held:,} parameters trained on {n_train:,} images of {cfg.data}; "
+            f"{total} steps on {device}, {amp or torch.float32}")
 
         # one optimizer step after another
         model.train()
@@ -500,8 +507,8 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
                     losses = state.check_losses()
                 if logs:
                     seconds = time.monotonic() - started
-                    logger.write_step(state.step, total, since, seconds, captions, loss=sum(losses) / len(losses),
-                                      lr=group["lr"], memory_gb=peak_memory(device))
+                    logger.write_step(state.step, total, since, seconds, captions, sum(losses) / len(losses),
+                                      group["lr"], peak_memory(device))
                     state.losses, captions, since, started = [], 0, state.step, time.monotonic()
                 if evaluates:
                     before = time.monotonic()
@@ -525,7 +532,7 @@ def main():
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
         raise UserError(f"out of memory: lower --batch-size ({cfg.batch_size}) and raise --grad-accumulation "
-                        f"({cfg.grad_accumulation}) by the same factor; --dtype bfloat16 needs less too") from None
+                        f"({cfg.grad_accumulation}) as much; --dtype bfloat16 needs less") from None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.checkpoint import load_module
-from lib.cli import UserError
+from lib.cli import UserError, check_sizes
 
 ACTIVATIONS = {
     "gelu": nn.GELU,
@@ -22,7 +22,7 @@ ACTIVATIONS = {
 
 @dataclass
 class ViTConfig:
-    """ViT-B/16 as torchvision trained it, with everything that belongs to the weights: eps, norms, mean, std."""
+    """ViT-B/16 as torchvision trained it, with all that belongs to the weights: eps, norms, mean, std."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -42,6 +42,7 @@ class ViTConfig:
     dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
 
     def __post_init__(self):
+        check_sizes(self)
         self.mean, self.std = tuple(self.mean), tuple(self.std)
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")

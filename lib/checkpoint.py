@@ -147,7 +147,7 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], source):
                   for name in sorted(expected.keys() & found) if found[name] != expected[name]]
         problems = {"missing": sorted(expected.keys() - found), "unknown": sorted(found.keys() - expected),
                     "of another shape": shapes}
-        lists = (f"{problem} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        lists = (f"{problem} {', '.join(names[:4])[:300]}{' ...' if len(names) > 4 else ''}"
                  for problem, names in problems.items() if names)
         raise UserError(f"{source} does not fit the model: {'; '.join(lists)}")
     module.load_state_dict(tensors, assign=True)
@@ -173,7 +173,7 @@ class CheckpointConfig:
 
     format_version: int
     model: dict
-    training: dict | None
+    training: dict[str, str | int | float | bool | None] | None
     backbones: dict[Literal["vit", "gpt2"], BackboneRecord]
 
 

@@ -4,8 +4,10 @@ import hashlib
 import http.client
 import math
 import os
+import queue
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,16 +17,18 @@ from lib import cli
 from lib.cli import UserError
 
 CHUNK = 1 << 20
-ATTEMPTS = 4                       # in a row without receiving a byte
-PAUSE = 1.0                        # seconds before the second attempt, doubled for each further one
-TIMEOUT = 30.0
+ATTEMPTS = 4                       # in a row that received less than SLOWEST
+PAUSE = 0.5                        # seconds before the second attempt are twice this, then four times ...
+TIMEOUT = 30.0                     # of a single read
+STALL = 60.0                       # seconds until the answer begins, and for each SLOWEST bytes of it
+SLOWEST = 1 << 16
 
 
 def download_file(url: str, path: str | Path, sha256: str | None = None, md5: str | None = None) -> Path:
     """Download `url` to `path` unless it is there; return `path`. The first digits of `sha256` are enough.
 
     A broken download stays in `path`.partial, and the next call resumes it. Raises UserError if there is no
-    such file, no network or no space, or if the content does not match the hash.
+    such file, no network or no space, if the server stalls, or if the content does not match the hash.
     """
     path = Path(path)
     if path.exists():
@@ -35,6 +39,7 @@ def download_file(url: str, path: str | Path, sha256: str | None = None, md5: st
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "ab", buffering=0) as file:
+            cli.lock(file, f"another process is downloading {path}: wait for it")
             problem = receive(url, file, path.name)
     except OSError as error:
         raise UserError(f"cannot write {partial}: {error.strerror}") from None
@@ -56,16 +61,20 @@ def receive(url, file, label) -> str | None:
             if receive_once(url, file, label):
                 return None
             problem, hopeless = "the connection was cut", False
+        except UserError as error:
+            problem, hopeless = error, True
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}"
             hopeless = error.code < 500 and error.code != 429
-        except (OSError, http.client.HTTPException) as error:    # timeouts and resets are OSErrors
+        except (OSError, http.client.HTTPException) as error:        # timeouts and resets are OSErrors
             problem = getattr(error, "reason", error)
             hopeless = isinstance(problem, (socket.gaierror, ConnectionRefusedError))
-        failures = 0 if file.tell() > before else failures + 1
+        failures = 1 if file.tell() - before >= SLOWEST else failures + 1
+        problem = " ".join(str(problem).split())[:300]
         if hopeless or failures == ATTEMPTS:
-            return str(problem)
-        print(f"{label}: {problem}, trying again", file=sys.stderr)
+            return problem
+        if failures == 1:
+            print(f"{label}: {problem}, trying again", file=sys.stderr)
         time.sleep(PAUSE * 2**failures)
 
 
@@ -74,7 +83,8 @@ def receive_once(url, file, label) -> bool:
     held = file.tell()
     headers = {"User-Agent": "vision-gpt", **({"Range": f"bytes={held}-"} if held else {})}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        request = urllib.request.Request(url, headers=headers)
+        response = with_deadline(STALL, urllib.request.urlopen, request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
@@ -83,24 +93,57 @@ def receive_once(url, file, label) -> bool:
         file.truncate(file.seek(0))                                  # what is held is no part of it
         return False
     except (ValueError, http.client.InvalidURL) as error:
-        raise UserError(f"cannot download {url}: {error}") from None
+        raise UserError(str(error)) from None
     with response:
         if response.headers.get_content_type() == "text/html":
-            raise UserError(f"{url} is a web page, not a file to download")
+            raise UserError("it is a web page, not a file to download")
         if held and not response.headers.get("Content-Range", "").startswith(f"bytes {held}-"):
             held = 0
             file.truncate(file.seek(0))
-        length = response.headers.get("Content-Length")
-        chunks = iter(lambda: response.read(CHUNK), b"")
+        length, chunks = response.length, read_chunks(response)      # None: unknown, or no number
         if length:
-            chunks = cli.progress(chunks, label, math.ceil(int(length) / CHUNK), " MB")
+            chunks = cli.progress(chunks, label, math.ceil(length / CHUNK), " MB")
         for chunk in chunks:
             try:
                 while chunk:                                         # a full disk takes a part, then none
                     chunk = chunk[file.write(chunk) :]
             except OSError as error:
-                raise UserError(f"cannot write {file.name}: {error.strerror}; its start is kept") from None
-        return length is None or file.tell() == held + int(length)
+                raise UserError(f"cannot write {file.name}: {error.strerror}") from None
+        return length is None or file.tell() == held + length
+
+
+def read_chunks(response):
+    """The body in chunks. Raises TimeoutError for a trickle, which no limit on a single read notices."""
+    chunk, start = bytearray(), time.monotonic()
+    while piece := response.read1(CHUNK - len(chunk)):
+        chunk += piece
+        late = time.monotonic() - start > STALL
+        if late or len(chunk) == CHUNK:
+            yield bytes(chunk)
+            if late and len(chunk) < SLOWEST:
+                raise TimeoutError(f"the server sent {len(chunk)} bytes in {STALL:.0f} seconds")
+            chunk, start = bytearray(), time.monotonic()
+    yield bytes(chunk)
+
+
+def with_deadline(seconds: float, function, *args, **kwargs):
+    """function(*args, **kwargs) in a thread. Raises TimeoutError if it takes longer, and leaves it behind."""
+    outcome = queue.SimpleQueue()
+
+    def call():
+        try:
+            outcome.put((function(*args, **kwargs), None))
+        except Exception as error:                                   # raised again below
+            outcome.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        value, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds") from None
+    if error is not None:
+        raise error
+    return value
 
 
 def hash_mismatch(path: Path, sha256: str | None = None, md5: str | None = None) -> str | None:

@@ -87,11 +87,11 @@ def convert(kind, value, source, path=(), limits=types.MappingProxyType({}), for
             return {inner(members[0], key, key): inner(members[1], held, key) for key, held in value.items()}
     elif members and type(value) in (list, tuple):
         kinds = members if origin is tuple and members[-1] is not ... else members[:1] * len(value)
-        if {*kinds, *map(type, value)} in ({str}, {int}):            # of a million, only these may differ
-            for end in (min(value), max(value)):
-                inner(kinds[0], end)
-            return origin(value)
         if len(kinds) == len(value):
+            if value and {*kinds, *map(type, value)} in ({str}, {int}):       # of a million, these two
+                for end in (min(value), max(value)):
+                    inner(kinds[0], end)
+                return origin(value)
             return origin(inner(k, v, i) for i, (k, v) in enumerate(zip(kinds, value)))
         wanted = f"a list of {len(kinds)}"
     elif kind in (int, float):

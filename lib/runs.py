@@ -48,7 +48,7 @@ class Log:
         self.rows = [row for row in self.rows if row["step"] <= step]
         with cli.atomic(file) as temporary:
             Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.file = open(file, "a")
+        self.file = open(file, "a")  # noqa: SIM115
         try:
             if cfg.tracker == "wandb":
                 import wandb

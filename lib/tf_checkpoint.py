@@ -10,22 +10,32 @@ from pathlib import Path
 
 import numpy as np
 
+from lib import records
 from lib.cli import UserError
 
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}         # of TensorFlow's DataType
+LARGEST = 2**20                                                      # bytes of an index; GPT-2's has 5,215
 
 
 def read_tf_checkpoint(prefix: str) -> dict[str, np.ndarray]:
     """The variables of the checkpoint PREFIX by name, memory-mapped. Raises UserError if it is damaged."""
     try:
-        entries = dict(read_table(Path(f"{prefix}.index").read_bytes()))
+        entries = dict(read_table(records.read_bytes(f"{prefix}.index", LARGEST)))
         shards = dict(read_message(entries.pop(b""))).get(1, 0)
-        data = [np.memmap(f"{prefix}.data-{s:05}-of-{shards:05}", mode="c") for s in range(shards)]
-        return {name.decode(): read_variable(entry, data) for name, entry in entries.items()}
+        files = [Path(f"{prefix}.data-{s:05}-of-{shards:05}") for s in range(min(shards, 1000))]
+        if missing := [str(file) for file in files if not file.is_file()]:
+            raise UserError(f"the TensorFlow checkpoint {prefix} is not complete: {missing[0]} is missing")
+        data = [np.memmap(file, mode="c") for file in files]
+        variables = {name.decode(): read_variable(entry, data) for name, entry in entries.items()}
+        if sum(array.nbytes for array in variables.values()) > sum(map(len, data)):
+            raise ValueError("variables overlap")
+        return variables
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read the TensorFlow checkpoint {prefix}: {error}") from None
-    except (ValueError, KeyError, IndexError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
         raise UserError(f"the TensorFlow checkpoint {prefix} is damaged or cut short ({error}); "
                         "download its .index and .data files again") from None
 
@@ -37,7 +47,12 @@ def read_table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         raise ValueError("not a TensorFlow index")
     _, at = read_varint(footer, 0)                   # offset and size of the metaindex, of no use here
     _, at = read_varint(footer, at)
+    end = 0
     for _, handle in read_block(content, footer[at:]):
+        offset, at = read_varint(handle, 0)
+        if offset < end:
+            raise ValueError("blocks overlap")
+        end = offset + read_varint(handle, at)[0]
         yield from read_block(content, handle)
 
 
@@ -58,6 +73,8 @@ def read_block(content, handle):
         unshared, at = read_varint(body, at)
         length, at = read_varint(body, at)
         key = key[:shared] + body[at : at + unshared]
+        if len(key) > 1000:
+            raise ValueError("a name of over 1,000 bytes")
         at += unshared
         yield key, body[at : at + length]
         at += length
@@ -98,6 +115,8 @@ def read_varint(buffer, at):
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise ValueError("a number of over 64 bits")
 
 
 def masked_crc32c(content):

@@ -5,59 +5,134 @@ and nothing else.
 """
 
 import argparse
-import json
 import pickle
 import re
+import warnings
 import zipfile
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib import checkpoint
+from lib import checkpoint, records
 from lib.cli import UserError
 from lib.tf_checkpoint import read_tf_checkpoint
+
+BLOAT = 10              # a file whose tensors would fill more than 10 times its bytes is a trap: they repeat
+
+# ------------------------------------------------------------------------------------------------------------
+# configs: what the source says of itself
+
+LAYERS, SIDE, EPS = dict(min=1, max=1000), dict(min=1, max=4096), dict(min=0, max=1)
+FILTER = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+RGB = tuple[float, float, float]
+
+
+@dataclass
+class TimmConfig:
+    """pretrained_cfg in timm's config.json."""
+
+    mean: RGB
+    std: RGB = field(metadata=dict(min=1e-3))
+    crop_pct: float = field(metadata=dict(min=0.1, max=1))
+    interpolation: FILTER
+    input_size: tuple[int, int, int] = field(metadata=SIDE)
+
+
+@dataclass
+class Preprocessor:
+    """Hugging Face's preprocessor_config.json."""
+
+    image_mean: RGB | None = None
+    image_std: RGB | None = field(default=None, metadata=dict(min=1e-3))
+    size: int | dict[str, int] | None = field(default=None, metadata=SIDE)
+    crop_size: int | dict[str, int] | None = field(default=None, metadata=SIDE)
+    do_center_crop: bool | None = None
+    resample: int | None = None
+
+
+@dataclass
+class SourceConfig:
+    """What is of use in config.json, hparams.json or a training run's checkpoint, under its name there."""
+
+    n_head: int | None = field(default=None, metadata=LAYERS)                    # GPT-2
+    n_heads: int | None = field(default=None, metadata=LAYERS)                   # the published Vision-GPT
+    layer_norm_epsilon: float = field(default=1e-5, metadata=EPS)
+    activation_function: str = "gelu_new"
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    num_attention_heads: int | None = field(default=None, metadata=LAYERS)       # Hugging Face's ViT and CLIP
+    layer_norm_eps: float | None = field(default=None, metadata=EPS)
+    hidden_act: str | None = None
+    vision_config: "SourceConfig | None" = None
+    pretrained_cfg: TimmConfig | None = None
+    preprocessor: Preprocessor | None = None                                     # ours from here
+    wrapper: str | None = None                               # the last dict in the file that was unwrapped
+
+
+@dataclass
+class ShardIndex:
+    weight_map: dict[str, str]
+
 
 # ------------------------------------------------------------------------------------------------------------
 # containers: safetensors, torch.save, TorchScript, .npz, TensorFlow
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], SourceConfig]:
     """A file or folder -> its tensors by name, and what config files and the file itself say of the model.
 
-    The latter also holds "preprocessor" (of Hugging Face) and "wrapper", the last dict that was unwrapped.
     Raises UserError for what is missing, damaged, holds code or no tensors.
     """
     files = find_weight_files(Path(path))
-    folder, source_config = files[0].parent, {}
+    folder, content, config = files[0].parent, {}, {}
     for name in ("config.json", "hparams.json"):
-        source_config |= read_json(folder / name) if (folder / name).exists() else {}
-    if (folder / "preprocessor_config.json").exists():
-        source_config["preprocessor"] = read_json(folder / "preprocessor_config.json")
-    content = {}
+        if (folder / name).exists():
+            config |= records.read_json(dict, folder / name)
+            records.convert(SourceConfig, config, folder / name, foreign=True)
     for file in files:
         content |= read_weight_file(file)
     for key in ("config", "model_args"):                     # of a training run's checkpoint
-        source_config |= content[key] if isinstance(content.get(key), dict) else {}
-    source_config["wrapper"] = None
+        config |= content[key] if isinstance(content.get(key), dict) else {}
+    source_config = records.convert(SourceConfig, config, path, foreign=True)
+    if (folder / "preprocessor_config.json").exists():
+        source_config.preprocessor = records.read_json(
+            Preprocessor, folder / "preprocessor_config.json", foreign=True)
+    source_config.wrapper = None
     for wrapper in ("model_state_dict", "state_dict", "model", "teacher"):
         if isinstance(content.get(wrapper), dict):
-            content, source_config["wrapper"] = content[wrapper], wrapper
+            content, source_config.wrapper = content[wrapper], wrapper
     prefixes = re.compile(r"(_orig_mod\.)?(module\.)?(backbone\.)?")    # of torch.compile, DataParallel, DINO
     tensors = {prefixes.sub("", str(name), count=1): tensor for name, tensor in content.items()
                if isinstance(tensor, Tensor)}
     if not tensors:
-        names = ", ".join(map(str, list(content)[:5])) or "nothing"
+        names = ", ".join(map(str, list(content)[:5]))[:200] or "nothing"
         raise UserError(f"{path} holds no tensors where weights are expected, but {names}")
+    check_plain(tensors, path)
     return tensors, source_config
+
+
+def check_plain(tensors: dict[str, Tensor], path):
+    """Raise UserError for tensors that are not plain arrays, or that repeat what the file holds once."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise UserError(f"{path}: {name} is not a plain tensor: save it as one")
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if sum(tensor.nbytes for tensor in tensors.values()) > BLOAT * held:
+        raise UserError(f"{path} is damaged: its tensors are far larger than what it holds")
 
 
 def find_weight_files(path: Path) -> list[Path]:
     """The weight files of a path: itself, the shards that an index names, or what a folder holds."""
+    if not (path.exists() or Path(f"{path}.index").exists()):
+        raise UserError(f"cannot read {path}: no such file or folder")
     if path.is_dir():
         usual = [path / name for name in ("model.safetensors.index.json", "model.safetensors",
                                           "pytorch_model.bin.index.json", "pytorch_model.bin")]
@@ -70,20 +145,10 @@ def find_weight_files(path: Path) -> list[Path]:
         path = found[0]
     if path.suffix != ".json":
         return [path]
-    shards = read_json(path).get("weight_map")
-    if not shards:
-        raise UserError(f"{path} is not an index of shards: name the weights or their folder")
-    return [path.parent / name for name in sorted(set(shards.values()))]
-
-
-def read_json(file):
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {file}: it is not a JSON object")
-    return content
+    shards = set(records.read_json(ShardIndex, path, foreign=True).weight_map.values())
+    if not shards or any(Path(name).name != name for name in shards):
+        raise UserError(f"{path} is not an index of shards beside it: name the weights or their folder")
+    return [path.parent / name for name in sorted(shards)]
 
 
 def read_weight_file(file: Path) -> dict:
@@ -91,11 +156,10 @@ def read_weight_file(file: Path) -> dict:
     if file.suffix == ".index" or Path(f"{file}.index").exists():
         prefix = str(file).removesuffix(".index")
         return {name: torch.from_numpy(array) for name, array in read_tf_checkpoint(prefix).items()}
-    try:
-        with open(file, "rb") as opened:
-            start = opened.read(64)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    if not file.is_file():                                   # a pipe would never end
+        raise UserError(f"cannot read {file}: it is not a file" if file.exists() else f"{file} is missing")
+    with open(file, "rb") as opened:
+        start = opened.read(64)
     if start.lstrip()[:1] == b"<" or start.startswith(b"version https://git-lfs"):
         what = "Git LFS pointer" if start.startswith(b"version") else "web page"
         raise UserError(f"{file} is a {what}, not the weights: download the file itself")
@@ -103,9 +167,12 @@ def read_weight_file(file: Path) -> dict:
         with checkpoint.open_safetensors(file) as opened:
             if "kind" in (opened.metadata() or {}):
                 raise UserError(f"{file} was written by convert_weights.py: it needs no conversion")
-        return checkpoint.read_tensors(file)
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     try:
-        content = read_archive(file) if start.startswith(b"PK") else torch_load(file)
+        with warnings.catch_warnings(action="ignore"):
+            content = read_archive(file) if start.startswith(b"PK") else torch_load(file)
+    except UserError:
+        raise
     except Exception as error:                       # whatever numpy and torch raise for a damaged file
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(f"{file} holds more than tensors ({code[1]}), which can run code: "
@@ -126,6 +193,10 @@ def read_archive(file):
     """The content of a zip archive: .npz, TorchScript or torch.save's."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
+        if sum(member.file_size for member in archive.infolist()) > BLOAT * file.stat().st_size:
+            raise UserError(f"{file} would unpack to more than {BLOAT} times its size: it is not read")
+        if member := archive.testzip():
+            raise UserError(f"{file} is damaged: {member!r:.99} does not match its checksum; download it again")
         if any(name.endswith(".npy") for name in names):
             arrays = np.load(file, allow_pickle=False)
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -144,6 +215,8 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     known = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long,
              "IntStorage": torch.int, "OrderedDict": dict, "_rebuild_tensor_v2": rebuild_tensor}
 
+    storages, seen = {}, set()
+
     class Holder:                                    # stands for every other class and function in the pickle
         def __init__(self, *args):
             pass
@@ -153,13 +226,17 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
             return known.get(name, Holder)
 
         def persistent_load(self, key):              # ("storage", dtype, member, device, length)
-            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{key[2]}")), dtype=key[1])
+            member, dtype = f"{root}/data/{key[2]}", key[1]
+            if member not in storages:
+                storages[member] = torch.frombuffer(bytearray(archive.read(member)), dtype=dtype)
+            return storages[member]
 
     def named_tensors(holder, prefix=""):
+        seen.add(id(holder))                         # each once: a few that hold each other make any number
         for name, value in vars(holder).items():
             if isinstance(value, Tensor):
                 yield prefix + name, value
-            elif isinstance(value, Holder):
+            elif isinstance(value, Holder) and id(value) not in seen:
                 yield from named_tensors(value, f"{prefix}{name}.")
 
     with archive.open(f"{root}/data.pkl") as pickled:
@@ -201,7 +278,7 @@ def from_flax(name, tensor):
 
 def from_conv1d(name, tensor):
     """OpenAI's linear layers are convolutions of width 1: (in, out) or (1, in, out)."""
-    return tensor.squeeze(0).T if name.startswith("h.") and tensor.ndim > 1 else tensor
+    return tensor.squeeze(0).mT if name.startswith("h.") and tensor.ndim > 1 else tensor
 
 
 CENTER_CROP = dict(transform=dict(resize=224, crop=224, filter="bicubic"))
@@ -302,35 +379,38 @@ def detect_format(tensors: dict[str, Tensor], kind: str, source) -> WeightFormat
             name = next((name for name in tensors if marker.fullmatch(name.replace("/", "."))), None)
             if name and found != kind:
                 raise UserError(f"{source} holds a {found} ({fmt.name}), not a {kind}")
-            if name and not (fmt is HF_GPT2 and len(tensors[name]) == 3 * tensors[name].shape[-1]):
+            shape = tensors[name].shape if name else ()
+            if name and not (fmt is HF_GPT2 and len(shape) == 2 and shape[0] == 3 * shape[1]):
                 return fmt                                           # (3 C, C) are nanoGPT's linear layers
     known = ", ".join(fmt.name for fmt in FORMATS[kind])
     raise UserError(f"{source} holds no {kind} in a known format ({known}); "
-                    f"it begins with {', '.join(sorted(tensors)[:3])}")
+                    f"it begins with {', '.join(sorted(tensors)[:3])[:200]}")
 
 
 def map_names(tensors: dict[str, Tensor], fmt: WeightFormat, source) -> dict[str, Tensor]:
     """{our name: float32 tensor}. What the format does not know keeps its name, put in quotes."""
     rules = []
     for template, target in fmt.weight_map.items():
-        pattern = re.escape(template).replace(r"\{i\}", r"(?P<layer>\d+)").replace(r"\*", ".*")
+        pattern = re.escape(template).replace(r"\{i\}", r"(?P<layer>[0-9]{1,4})").replace(r"\*", ".*")
         suffix = rf"(?:\.(?P<suffix>{'|'.join(SUFFIXES)}))?"
         rules.append((re.compile(f"(?:{fmt.prefix})?{pattern}{suffix}"), target))
     parts = defaultdict(dict)                                        # our name -> {part: tensor}
     try:
         for name, tensor in tensors.items():
             matches = ((pattern.fullmatch(name.replace("/", ".")), target) for pattern, target in rules)
-            match, target = next((found for found in matches if found[0]), (None, f"'{name}'"))
+            match, target = next((found for found in matches if found[0]), (None, repr(name)))
             if target is None:
                 continue
             part = ""
+            if match and not (tensor.is_floating_point() and tensor.ndim and tensor.numel()):
+                raise UserError(f"{source}: {name} is {tensor.dtype} {tuple(tensor.shape)}, no weights")
             if match:
                 layer, suffix = match.groupdict().get("layer"), match["suffix"]
                 target, _, part = target.replace("{i}", layer or "").partition("/")
                 target += f".{SUFFIXES[suffix]}" if suffix else ""
                 tensor = fmt.to_torch(target, tensor.float())
             if part in parts[target]:                                # a second source of one tensor
-                target = f"'{name}'"
+                target = repr(name)
             parts[target][part] = tensor
         return {name: held[""] if "" in held else torch.cat([held[part] for part in sorted(held)])
                 for name, held in parts.items()}
@@ -340,13 +420,15 @@ def map_names(tensors: dict[str, Tensor], fmt: WeightFormat, source) -> dict[str
 
 def split_blocks(tensors: dict[str, Tensor], path) -> dict[str, Tensor]:
     """trf_blocks.{t} -> text.{i}, or cross.{i} where it is the cross-attention before text block i."""
-    text = sorted({int(m[1]) for name in tensors if (m := re.match(r"trf_blocks\.(\d+)\.norm1\.", name))})
+    block = re.compile(r"trf_blocks\.([0-9]{1,4})\.")
+    text = {int(m[1]) for name in tensors if (m := block.match(name)) and name.startswith("norm1.", m.end())}
+    in_order = sorted(text)
 
     def number(match):
         t = int(match[1])
-        return f"text.{text.index(t)}." if t in text else f"cross.{sum(i < t for i in text)}."
+        return f"{'text' if t in text else 'cross'}.{bisect_left(in_order, t)}."
 
-    numbered = {re.sub(r"^trf_blocks\.(\d+)\.", number, name): tensor for name, tensor in tensors.items()}
+    numbered = {block.sub(number, name, count=1): tensor for name, tensor in tensors.items()}
     if len(numbered) < len(tensors):
         raise UserError(f"{path} has two cross-attentions before one block")
     return numbered
@@ -365,55 +447,49 @@ def hf_activation(name, source):
     return ACTIVATIONS[name]
 
 
-def gpt2_settings(fmt: WeightFormat, source_config: dict, path) -> dict:
+def gpt2_settings(fmt: WeightFormat, source: SourceConfig, path) -> dict:
     """The fields of GPT2Config that shapes do not show; n_head is None where the source does not tell."""
-    fields = dict(n_head=source_config.get("n_head"), **fmt.config)
+    fields = dict(n_head=source.n_head, **fmt.config)
     if fmt is HF_GPT2:
-        activation = source_config.get("activation_function", "gelu_new")
-        fields |= dict(activation=hf_activation(activation, path),
-                       eps=source_config.get("layer_norm_epsilon", 1e-5))
-        if (source_config.get("scale_attn_by_inverse_layer_idx")
-                or not source_config.get("scale_attn_weights", True)):
+        fields["eps"] = source.layer_norm_epsilon
+        fields["activation"] = hf_activation(source.activation_function, path)
+        if source.scale_attn_by_inverse_layer_idx or not source.scale_attn_weights:
             raise UserError(f"{path} does not scale attention as GPT-2 does (see its config.json)")
     return fields
 
 
-def vit_settings(fmt: WeightFormat, tensors: dict, source_config: dict, image_size: int, path) -> dict:
+def vit_settings(fmt: WeightFormat, tensors: dict, source: SourceConfig, image_size: int, path) -> dict:
     """The fields of ViTConfig that shapes do not show: from the format, then from the source's own files."""
     fields = dict(fmt.config)
     if fmt is TORCHVISION and ("swag" in Path(path).name or image_size > 224):
         fields |= CENTER_CROP
     if fmt is TIMM:
-        if source_config["wrapper"] is None and "head.weight" in tensors:   # else ImageNet's mean and std
+        if source.wrapper is None and "head.weight" in tensors:      # else ImageNet's mean and std
             fields |= MEAN_HALF
-        shown = source_config.get("pretrained_cfg", {})
-        if {"mean", "std", "crop_pct", "interpolation", "input_size"} <= shown.keys():
-            crop = shown["input_size"][-1]
-            fields |= dict(mean=shown["mean"], std=shown["std"], transform=dict(
-                resize=int(crop / shown["crop_pct"]), crop=crop, filter=shown["interpolation"]))
+        if timm := source.pretrained_cfg:
+            crop = timm.input_size[-1]
+            fields |= dict(mean=timm.mean, std=timm.std, transform=dict(
+                resize=int(crop / timm.crop_pct), crop=crop, filter=timm.interpolation))
     if fmt is GOOGLE:
         kernels = (tensor for name, tensor in tensors.items() if name.endswith("query/kernel"))
         fields["n_head"] = next((kernel.shape[1] for kernel in kernels if kernel.ndim == 3), None)
     if fmt is OPENAI_CLIP:
-        fields["n_head"] = len(tensors["visual.ln_pre.weight"]) // 64
+        fields["n_head"] = tensors["visual.ln_pre.weight"].numel() // 64
     if fmt in (HF_VIT, HF_CLIP):
-        config = source_config.get("vision_config", source_config)
-        for ours, theirs in (("n_head", "num_attention_heads"), ("eps", "layer_norm_eps")):
-            if theirs in config:
-                fields[ours] = config[theirs]
-        if "hidden_act" in config:
-            fields["activation"] = hf_activation(config["hidden_act"], path)
-        shown = source_config.get("preprocessor", {})
-        if {"image_mean", "image_std", "size"} <= shown.keys():
-            fields |= dict(mean=shown["image_mean"], std=shown["image_std"], transform=hf_transform(shown))
+        config, shown = source.vision_config or source, source.preprocessor
+        found = dict(n_head=config.num_attention_heads, eps=config.layer_norm_eps,
+                     activation=config.hidden_act and hf_activation(config.hidden_act, path))
+        fields |= {name: value for name, value in found.items() if value is not None}
+        if shown and shown.image_mean and shown.image_std and shown.size:
+            fields |= dict(mean=shown.image_mean, std=shown.image_std, transform=hf_transform(shown))
     return fields
 
 
-def hf_transform(shown):
+def hf_transform(shown: Preprocessor) -> dict:
     """Hugging Face's preprocessor_config.json as ViTConfig.transform."""
-    sizes = shown["size"], shown.get("crop_size")
-    side, crop = (min(size.values()) if isinstance(size, dict) else size for size in sizes)
-    filter = "bicubic" if shown.get("resample") == 3 else "bilinear"
-    if shown.get("do_center_crop"):
+    sizes = shown.size, shown.crop_size
+    side, crop = (min(size.values()) if size and isinstance(size, dict) else size for size in sizes)
+    filter = "bicubic" if shown.resample == 3 else "bilinear"
+    if shown.do_center_crop and crop:
         return dict(resize=side, crop=crop, filter=filter)
     return dict(squash=side, filter=filter)

@@ -527,7 +527,7 @@ def bad_files(folder):
     swapped = state | {"encoder.ln.weight": torch.ones(13)}
     np.savez(folder / "objects.npz", **{"embedding/kernel": np.array([Code()], dtype=object)})
     return {
-        "No such file": folder / "nothing.pth",
+        "no such file": folder / "nothing.pth",
         "web page": write("page.bin", b"\n<!DOCTYPE html><html>login</html>"),
         "Git LFS": write("pointer.bin", b"version https://git-lfs.github.com/spec/v1\n"),
         "damaged": write("empty.pth", b""),
@@ -674,10 +674,23 @@ def test_without_tokenizer_tables_conversion_warns_and_succeeds(tmp_path, offlin
     assert [file.name for file in (tmp_path / "weights").iterdir()] == ["gpt2.safetensors"]
 
 
-def test_another_models_tokenizer_does_not_stay_beside_the_weights(tmp_path, capsys):
-    (tmp_path / "tokenizer.json").write_text("another model's")
-    convert(ConvertConfig(gpt2=str(FIXTURES / "tensorflow"), out=str(tmp_path)))
-    assert "not GPT-2's" in capsys.readouterr().err and not (tmp_path / "tokenizer.json").exists()
+def test_files_in_the_folder_to_write_are_not_replaced(tmp_path, capsys):
+    """The same model in another dtype may be written again, another model or somebody's file may not."""
+    vit, gpt2 = str(FIXTURES / "timm.pth"), str(FIXTURES / "tensorflow")
+    (tmp_path / "vit.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="vit.safetensors is already there"):
+        convert(ConvertConfig(vit=vit, heads=3, out=str(tmp_path)))
+    assert (tmp_path / "vit.safetensors").read_text() == "mine"
+    (tmp_path / "vit.safetensors").unlink()
+    convert(ConvertConfig(vit=vit, heads=3, out=str(tmp_path)))
+    convert(ConvertConfig(vit=vit, heads=3, out=str(tmp_path), dtype="fp16"))
+    with pytest.raises(UserError, match="vit.safetensors is already there"):
+        convert(ConvertConfig(vit=str(FIXTURES / "torchvision.pth"), heads=3, out=str(tmp_path)))
+    assert checkpoint.read_tensors(tmp_path / "vit.safetensors")["norm.weight"].dtype == torch.float16
+    Tokenizer("bpe", {bytes([b]): b for b in range(256)}).save(tmp_path)
+    with pytest.raises(UserError, match="tokenizer.json is already there"):
+        convert(ConvertConfig(gpt2=gpt2, out=str(tmp_path)))
+    assert Tokenizer.load(tmp_path).vocab_size == 257 and not (tmp_path / "gpt2.safetensors").exists()
 
 
 @pytest.fixture
@@ -744,10 +757,9 @@ def test_a_trained_checkpoint_becomes_one_model(tmp_path, monkeypatch):
     model.save_pretrained("out/run", backbones=files, training=dict(photographs=True))
     convert(ConvertConfig(checkpoint="out/run", dtype="float16"))
     convert(ConvertConfig(checkpoint="out/run", out="whole"))
-    with pytest.raises(UserError, match="itself"):
-        convert(ConvertConfig(checkpoint="out/run", out="out/run"))
-    with pytest.raises(UserError, match="training run"):
-        convert(ConvertConfig(checkpoint="whole", out="out/run"))
+    for source, out in ("out/run", "out/run"), ("whole", "out/run"), ("out/run", "whole"):
+        with pytest.raises(UserError, match="config.json is already there"):
+            convert(ConvertConfig(checkpoint=source, out=out))
     shutil.rmtree("weights")
     for folder, tolerance in (("whole", 0), ("out/run-float16", 0.05)):
         again = VisionGPT.from_pretrained(folder, device="cpu")

@@ -230,8 +230,11 @@ def test_return_sequences_come_image_after_image():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(num_beams=0), "num_beams is 0, but must be from 1 to 1000"), (dict(top_p=1.5), "top_p is 1.5"),
-    (dict(top_p=0.0), "top_p is 0.0, but must be from 1e-09 to 1"), (dict(temperature=-1.0), "temperature is -1.0"),
-    (dict(temperature=float("nan")), "temperature is nan"), (dict(temperature=1e-300), "0 .greedy. or at least"), (dict(top_k=0), "top_k is 0"),
+    (dict(top_p=0.0), "top_p is 0.0, but must be from 1e-09 to 1"),
+    (dict(temperature=-1.0), "temperature is -1.0"),
+    (dict(temperature=float("nan")), "temperature is nan"),
+    (dict(temperature=1e-300), "0 .greedy. or at least"),
+    (dict(top_k=0), "top_k is 0"),
     (dict(repetition_penalty=0.0), "repetition_penalty is 0.0"), (dict(max_length=0), "max_length is 0"),
     (dict(min_length=9, max_length=8), "min_length 9 is more than max_length 8"),
     (dict(num_beams=3, temperature=1.0), "beam search does not sample"),

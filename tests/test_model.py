@@ -116,7 +116,8 @@ def test_packed_loss_and_gradients_equal_the_plain_forward_pass(frozen, smoothin
     """Images with so many captions each, packed; against a row a caption, its image copied, full logits."""
     monkeypatch.setattr(model_module, "CHUNK", 32)
     model = tiny_model(std=0.2).freeze(frozen)
-    captions = [[torch.randint(39, (int(n),)).tolist() for n in torch.randint(8, (count,))] for count in counts]
+    captions = [[torch.randint(39, (int(n),)).tolist() for n in torch.randint(8, (count,))]
+                for count in counts]
     images = torch.randn(len(counts), 3, 16, 16)
     tokens, targets, positions = pack_captions(captions, 39)
     lean = model.loss(tokens, model.encode(images), targets, positions, label_smoothing=smoothing)
@@ -140,7 +141,7 @@ def test_packed_loss_and_gradients_equal_the_plain_forward_pass(frozen, smoothin
 @torch.no_grad()
 def test_a_captions_loss_does_not_depend_on_its_batch():
     model = tiny_model()
-    captions = [[[3, 1, 4], []], [[5, 9, 2, 6, 5, 3, 5]], [[1], [39, 39]]]     # 39, the end token, is a target too
+    captions = [[[3, 1, 4], []], [[5, 9, 2, 6, 5, 3, 5]], [[1], [39, 39]]]  # 39, the end token, too
     images, alone = torch.randn(3, 3, 16, 16), []
     for image, of_image in zip(images, captions):
         for caption in of_image:
@@ -173,9 +174,7 @@ def test_attention_maps_are_the_products_of_the_weights(layer):
 def test_new_weights_start_as_the_table_says():
     model = VisionGPT(tiny_config(2000))
     for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            assert not p.any(), name
-        elif ".out." in name:
+        if name.endswith("bias") or ".out." in name:
             assert not p.any(), name
         elif p.ndim == 1:
             assert torch.equal(p, torch.ones_like(p)), name

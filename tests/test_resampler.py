@@ -26,8 +26,8 @@ def norm(x, ln):
 def attention(q, k, v, heads):
     """q (T, heads * D), k, v (L, heads * D), head by head."""
     seen = []
-    for q, k, v in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1)):
-        seen.append((q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ v)
+    for query, key, value in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1)):
+        seen.append((query @ key.T / math.sqrt(query.shape[-1])).softmax(-1) @ value)
     return torch.cat(seen, dim=-1)
 
 
@@ -111,5 +111,5 @@ def test_fusion_drops_out_in_training_only():
 
 @pytest.mark.parametrize("name", ["n_latent", "n_layer", "n_head", "head_width", "n_mlp"])
 def test_resampler_config_refuses_none_of_something(name):
-    with pytest.raises(UserError, match=f"{name} is 0"):
+    with pytest.raises(UserError, match=f"{name} is 0, but must be from 1"):
         ResamplerConfig(**{name: 0})

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.cli import UserError
-from tokenizer import PATTERN, Tokenizer, pad_captions
+from tokenizer import PATTERN, Tokenizer, pack_captions
 
 CACHE = SHARED / "tiktoken_cache"
 TEXTS = ["aaaa aaa aa", "the dog and the other dogs", "naïve café \U0001f415\U0001f415", "it's the dog's",
@@ -168,8 +168,9 @@ def test_a_damaged_tokenizer_file_is_one_line(content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_captions_are_padded_by_length():
+def test_captions_of_an_image_are_packed_into_a_row_and_padded_by_length():
     """The end token, which is also the padding, starts and ends each; its last place is a target."""
-    tokens, targets = pad_captions([[5, 6], [], [9, 5, 9]], 9)
-    assert tokens.tolist() == [[9, 5, 6, 9], [9, 9, 9, 9], [9, 9, 5, 9]]
-    assert targets.tolist() == [[5, 6, 9, -100], [9, -100, -100, -100], [9, 5, 9, 9]]
+    tokens, targets, positions = pack_captions([[[5, 6], []], [[9, 5, 9]], []], 9)
+    assert tokens.tolist() == [[9, 5, 6, 9], [9, 9, 5, 9], [9, 9, 9, 9]]
+    assert targets.tolist() == [[5, 6, 9, 9], [9, 5, 9, 9], [-100] * 4]
+    assert positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0] * 4]

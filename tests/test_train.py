@@ -384,7 +384,7 @@ def test_resume_keeps_the_saved_settings(config, capsys):
     train(*resolve_config({**given, **changed}))
     assert state_of(cfg)["step"] == 4 and list(log_of(cfg, "loss")) == [1, 2, 4]
     assert capsys.readouterr().err == ""
-    train(*resolve_config(given))                                        # it has come to its end: nothing to do
+    train(*resolve_config(given))                                  # it has come to its end: nothing to do
     assert state_of(cfg)["step"] == 4 and list(log_of(cfg, "loss")) == [1, 2, 4]
 
 
@@ -543,7 +543,8 @@ def test_too_long_a_caption_is_an_error_before_any_work(base, config, tmp_path):
     ("batch_size", 0, "batch_size is 0, but must be from 1 to"), ("epochs", 0, "at least 1"),
     ("learning_rate", math.nan, "learning_rate is nan"), ("learning_rate", -1.0, "from 0 to 1000"),
     ("dropout", 1.0, "dropout is 1.0, but must be from 0 to 0.99"), ("min_lr", math.inf, "is inf"),
-    ("label_smoothing", 1.5, "to 0.99"), ("grad_clip", -1.0, "from 0 to"), ("threads", 100000, "to 256"), ("eval_interval", 0, "1")])
+    ("label_smoothing", 1.5, "to 0.99"), ("grad_clip", -1.0, "from 0 to"), ("threads", 100000, "to 256"),
+    ("eval_interval", 0, "1")])
 def test_settings_that_cannot_be_are_refused(flag, value, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**{flag: value})
@@ -840,7 +841,8 @@ def rare_words(tmp_path_factory):
 
 
 def test_a_run_with_all_that_is_random_goes_on_as_if_nothing_had_been(base, rare_words, config, monkeypatch):
-    cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"), word_dropout=0.2, captions_per_image=1, grad_accumulation=2, augment=True,
+    cfg = config(train="all", data=str(rare_words), init_from=str(base.folder / "complete"),
+                 word_dropout=0.2, captions_per_image=1, grad_accumulation=2, augment=True,
                  max_steps=6, save_interval=3, dropout=0.1, label_smoothing=0.1, batch_size=4)
     train(cfg)
     broken, calls, word_dropout = dataclasses.replace(cfg, out=cfg.out + "-broken"), [], trainer.word_dropout

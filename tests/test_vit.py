@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.cli import UserError
-from vit import ViT, ViTConfig, drop_patches
+from vit import ViT, ViTConfig
 
 TINY = dict(image_size=32, patch_size=8, n_layer=2, n_head=4, n_embd=32, n_mlp=48)
 HF = dict(image_size=32, patch_size=8, num_hidden_layers=2, num_attention_heads=4, hidden_size=32,
@@ -83,17 +83,6 @@ def test_vit_features_equal_hugging_face_clip():
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert (ours(images) - clip.eval()(images).last_hidden_state).abs().max() <= 1e-4
-
-
-def test_patch_dropout_keeps_the_class_token_and_its_share_of_each_image():
-    x = torch.arange(5 * 9.0).view(5, 9, 1).expand(-1, -1, 4)
-    kept = drop_patches(x, 0.5)
-    assert torch.equal(kept[:, 0], x[:, 0]) and kept.shape == (5, 5, 4)
-    patches = [set(row[1:, 0].tolist()) for row in kept]
-    assert all(len(own) == 4 and own <= set(row[1:, 0].tolist()) for own, row in zip(patches, x))
-    assert len({tuple(sorted(p % 9 for p in own)) for own in patches}) > 1        # not the same for all
-    model, images = random_vit(patch_dropout=0.75), torch.randn(2, 3, 32, 32)
-    assert model.train()(images).shape == (2, 5, 32) and model.eval()(images).shape == (2, 17, 32)
 
 
 def test_vit_classifies_from_the_class_token():
