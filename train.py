@@ -8,7 +8,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import sys
@@ -30,7 +29,7 @@ from gpt2 import GPT2Config
 from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
 from lib.runs import RUN_FILES, Log, cpu_threads, peak_memory, run_folder, stop_signal
-from lib.scenes import judge
+from lib.scenes import judge, read_scenes
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from tokenizer import Tokenizer
@@ -451,7 +450,7 @@ def finish(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainCo
                  out / "samples.png")
     log(f"{out} holds the best model, log.jsonl, loss.png and samples.png")
     if Path(cfg.data, "scenes.jsonl").exists():
-        scenes = [json.loads(line) for line in Path(cfg.data, "scenes.jsonl").read_text().splitlines()]
+        scenes = read_scenes(Path(cfg.data, "scenes.jsonl"), len(data.images))
         test = data.split("test")
         texts = sample_captions(model, inputs, test, amp)
         right = sum(judge(text, scenes[i]) for text, i in zip(texts, test))
