@@ -155,7 +155,7 @@ def out_of_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if type(error) is MemoryError or re.search("out of memory|can't allocate memory", str(error)):
+        if type(error) is MemoryError or re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
             raise UserError(f"out of memory: {advice}") from None
         raise
 

@@ -196,7 +196,7 @@ def read_archive(file):
         if sum(member.file_size for member in archive.infolist()) > BLOAT * file.stat().st_size:
             raise UserError(f"{file} would unpack to more than {BLOAT} times its size: it is not read")
         if member := archive.testzip():
-            raise UserError(f"{file} is damaged: {member!r:.99} does not match its checksum; download it again")
+            raise UserError(f"{file} is damaged: {member!r:.99} is not what its checksum says; download it")
         if any(name.endswith(".npy") for name in names):
             arrays = np.load(file, allow_pickle=False)
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
