@@ -26,20 +26,21 @@ from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
 from lib.images import normalize
 from lib.metrics import meteor, score
-from lib.scenes import judge
+from lib.records import read_json
+from lib.scenes import judge, read_scenes
 from model import VisionGPT
 from sample import CaptionerConfig, load_model
 from tokenizer import pack_captions
 
 DATA = "data/flickr8k"
-DRAWN = 24                             # pictures of --grid without --worst
+DRAWN = 24                             # pictures of --grid without --worst, of which it draws 100 at most
 WITHOUT_MODEL = {"predictions", "data", "split", "limit", "worst", "grid", "json"}
 
 
 @dataclass
 class EvaluateConfig(CaptionerConfig):
     num_return_sequences: int = 1      # no flag here: each image has one caption to score
-    batch_size: int = flag(32, "images captioned at once", min=1)
+    batch_size: int = flag(32, "images captioned at once", min=1, max=4096)
     predictions: str | None = flag(None, "score these captions instead, without a model: a list of {image, "
                                    "caption} or {image_id, caption}", metavar="FILE")
     data: str | None = flag(None, f"prepared set; default: the one the model was trained on, else {DATA}",
@@ -56,13 +57,20 @@ class EvaluateConfig(CaptionerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_outputs(self, "json", "save_predictions", "grid")
-        for name in ("json", "save_predictions"):
-            if getattr(self, name) not in (None, "-") and getattr(self, name) == self.predictions:
-                raise UserError(f"--{name} {self.predictions} would overwrite the predictions: "
-                                "name another file")
         if self.grid:
             figures.picture_format(self.grid)
+        self.check_outputs([self.predictions or ""])
+
+    def check_outputs(self, inputs: list) -> None:
+        cli.check_outputs(self, texts=["json", "save_predictions"], pictures=["grid"], inputs=inputs)
+
+
+@dataclass
+class Prediction:
+    """An entry of a file of --predictions."""
+    caption: str
+    image: str | None = None           # a name in the set, perhaps with folders before it
+    image_id: int | str | None = None  # one of the set's ids, or a name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -92,8 +100,8 @@ def caption_images(model: VisionGPT, data: CaptionSet, images: np.ndarray, seen:
         tokens, targets, positions = (t.to(model.device) for t in packed)
         loss += model.loss(tokens, visual, targets, positions, reduction="sum").item()
         count += int((targets != -100).sum())
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} in {visual.dtype}: use --dtype float32")
+    if not loss < 500 * count:                                       # NaN, infinite, or e**loss would be
+        raise UserError(f"the loss is {loss / count} in {visual.dtype}: use --dtype float32")
     return texts, {"loss": loss / count, "perplexity": math.exp(loss / count),
                    "ended_by_end_token": ended / len(texts), "captions_per_s": len(texts) / seconds}
 
@@ -103,7 +111,8 @@ def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str,
     folder = config.checkpoint or checkpoint.find_checkpoint()
     trained = checkpoint.read_config(folder).get("training") or {}
     model = load_model(folder, config)
-    data = CaptionSet(config.data or trained.get("data") or DATA, model.require_tokenizer())
+    data = CaptionSet(config.data or str(trained.get("data") or DATA), model.require_tokenizer())
+    config.check_outputs([*set_files(data), Path(folder, "config.json"), Path(folder, "tokenizer.json")])
     images = data.split(config.split)[: config.limit or None]
     if config.shuffle_images and len(images) < 2:
         raise UserError("--shuffle-images needs at least two images")
@@ -121,37 +130,31 @@ def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str,
     return data, images, written
 
 
-def read_predictions(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str, tuple]]:
-    """What `run_model` returns, from a file of {image or image_id, caption} entries.
+def set_files(data: CaptionSet) -> list[Path]:
+    names = "images.bin tokens.bin index.npz captions.json meta.json tokenizer.json scenes.jsonl"
+    return [Path(data.folder, name) for name in names.split()]
 
-    `image` is a name in the set, folders before it are ignored; `image_id` is one of its ids, or a name.
+
+def read_predictions(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str, tuple]]:
+    """What `run_model` returns, from a file with a list of Predictions.
+
     Raises UserError unless every image has one caption; only those past --limit may lack it.
     """
     file, data = config.predictions, CaptionSet(config.data or DATA)
+    config.check_outputs(set_files(data))
     split = data.split(config.split)
     images = split[: config.limit or None]
-    try:
-        entries = json.loads(Path(file).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(entries, list):
-        raise UserError(f'{file} does not hold a list: it must be [{{"image": name, "caption": text}}, ...]')
     names = {name: i for i, name in enumerate(data.names)}
     ids = {str(image_id): i for i, image_id in enumerate(data.image_ids)}
     texts = {}
-    for number, entry in enumerate(entries, 1):
-        key = entry.get("image", entry.get("image_id")) if isinstance(entry, dict) else None
-        if key is None or not isinstance(entry.get("caption"), str):
-            raise UserError(f"{file}, entry {number}: it needs a caption, and an image or image_id")
-        key = str(key)
+    for number, entry in enumerate(read_json(list[Prediction], file, foreign=True), 1):
+        key = str(entry.image_id if entry.image is None else entry.image)
         image = names.get(key, names.get(Path(key).name, ids.get(key)))
         if image is None:
-            raise UserError(f"{file}, entry {number}: {data.folder} has no image {key}; name its --data")
+            raise UserError(f"{file}, entry {number}: {data.folder} has no image {key:.100}; name its --data")
         if image in texts:
             raise UserError(f"{file}, entry {number}: a second caption of {key}; give each image one")
-        texts[image] = entry["caption"]
+        texts[image] = entry.caption
     foreign = [data.names[i] for i in sorted(texts.keys() - set(split.tolist()))]
     if foreign:
         raise UserError(f"{len(foreign)} of the {len(texts)} images in {file} are outside the {config.split} "
@@ -174,9 +177,7 @@ def measure(texts: list[str], data: CaptionSet, images: np.ndarray) -> tuple[dic
     column = {"images": len(images), "references": sum(map(len, references)), **corpus,
               "METEOR": meteor(texts, references), "distinct_captions": len(set(texts)),
               "mean_words": sum(len(text.split()) for text in texts) / len(texts)}
-    file = Path(data.folder, "scenes.jsonl")
-    if file.exists():
-        scenes = [json.loads(line) for line in file.read_text().splitlines()]
+    if scenes := read_scenes(data.folder, len(data.names)):
         right = sum(judge(text, scenes[i]) for text, i in zip(texts, images))
         column["right_in_every_word"] = right / len(texts)
     return column, per_image
@@ -199,10 +200,8 @@ def main(args: list[str] | None = None) -> None:
     if config.predictions and of_model:
         raise UserError(f"--{of_model[0].replace('_', '-')} needs a model, but --predictions uses none: "
                         "leave out one of them")
-    try:
+    with cli.out_of_memory(f"lower --batch-size ({config.batch_size})"):
         data, images, written = read_predictions(config) if config.predictions else run_model(config)
-    except torch.OutOfMemoryError:
-        raise UserError(f"out of memory: lower --batch-size ({config.batch_size})") from None
     measured = {title: measure(texts, data, images) for title, (texts, _) in written.items()}
     columns = {title: measured[title][0] | facts for title, (_, facts) in written.items()}
     texts, per_image = written["real"][0], measured["real"][1]
@@ -210,7 +209,6 @@ def main(args: list[str] | None = None) -> None:
     worst = [{"image": data.names[images[k]], "caption": texts[k], "references": data.references(images[k]),
               **{name: values[k] for name, values in per_image.items()}} for k in order]
 
-    sys.stdout.reconfigure(errors="backslashreplace")   # a character the console lacks is not fatal
     if config.json:
         controls = {title: column for title, column in columns.items() if title != "real"}
         cli.write_text(config.json, json.dumps(columns["real"] | controls | {"worst": worst}, indent=1))
@@ -218,9 +216,10 @@ def main(args: list[str] | None = None) -> None:
         print(table(columns))
         for w in worst:
             scores = "  ".join(f"{name} {w[name]:.3f}" for name in ("CIDEr", "ROUGE_L", "Bleu_4"))
-            print(f"{scores}  {w['image']}: {w['caption']}   (reference: {w['references'][0]})")
+            line = f"{scores}  {w['image']}: {w['caption']}   (reference: {w['references'][0]})"
+            print(cli.printable(line))
     if config.grid:
-        drawn = order if config.worst else range(len(images))[:DRAWN]
+        drawn = order[:100] if config.worst else range(len(images))[:DRAWN]
         pictures = [Image.fromarray(data.images[images[k]]) for k in drawn]
         below = [f"{texts[k]}\nCIDEr {per_image['CIDEr'][k]:.2f}" for k in drawn]
         figures.save(figures.contact_sheet(pictures, below), config.grid)

@@ -12,15 +12,10 @@ are captioned, and the exit status is 1.
 """
 
 import csv
-import glob
-import http.client
-import io
 import itertools
 import json
 import os
-import re
 import sys
-import urllib.request
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,15 +28,15 @@ from PIL import Image
 import fast
 from decoding import DecodingConfig
 from lib import checkpoint, cli, figures
-from lib.cli import UserError, flag
-from lib.images import load_image, resize
+from lib.cli import UserError, flag, printable
+from lib.images import SUFFIXES, resize
+from lib.picture_sources import find_pictures, load_source
 from model import VisionGPT
 from tokenizer import Tokenizer, pack_captions
 
 EXAMPLES = Path(__file__).parent / "assets/examples"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-LARGEST = 64 * 2**20                   # bytes of a picture from the network
 DRAWN = 50                             # pictures at most on a sheet
+MAX_WORDS = 60                         # under which attention is drawn, of one caption
 
 
 @dataclass
@@ -50,7 +45,7 @@ class CaptionerConfig(DecodingConfig):
     checkpoint: str | None = flag(None, "checkpoint folder; default: the newest in out/ trained on photos, "
                                   "or weights/vision-gpt, or assets/mini", metavar="DIR")
     weights: str | None = flag(None, "another folder with the frozen backbones", metavar="DIR")
-    batch_size: int = flag(16, "pictures captioned at once", min=1)
+    batch_size: int = flag(16, "pictures captioned at once", min=1, max=4096)
     int8: bool = flag(False, "CPU: bfloat16, and GPT-2's weights in 8 bits: less exact; faster, but not with "
                              "beams or many pictures at once")
     seed: int = flag(0, "for sampling: the same seed, pictures, flags and batch size give the same captions")
@@ -78,11 +73,9 @@ class SampleConfig(CaptionerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_outputs(self, "json", "csv", "save", "attention")
-        for name in ("json", "csv", "save", "attention"):
-            file = getattr(self, name)
-            if file in self.images or name in ("json", "csv") and Path(file or "").suffix.lower() in SUFFIXES:
-                raise UserError(f"--{name} {file} is a picture: name the pictures before --{name}")
+        for option, file in (("--json", self.json), ("--csv", self.csv)):
+            if Path(file or "").suffix.lower() in SUFFIXES:
+                raise UserError(f"{option} {file} is a picture: name the pictures before {option}")
         for file in filter(None, (self.save, self.attention)):
             figures.picture_format(file)
 
@@ -99,53 +92,16 @@ class Picture:
 
 
 # --------------------------------------------------------------------------------------------------
-# find and read pictures
-
-
-def find_pictures(args: list[str]) -> tuple[list[str], list[str]]:
-    """Files, folders, patterns, URLs, - -> sources in natural order, and a line for each that is missing."""
-    found, missing = [], []
-    for arg in args:
-        if arg == "-" or is_url(arg) or os.path.isfile(arg):
-            found.append(arg)
-            continue
-        folder = os.path.isdir(arg)
-        names = glob.glob(os.path.join(glob.escape(arg), "*") if folder else arg, recursive=True)
-        names = [name for name in names if Path(name).suffix.lower() in SUFFIXES and os.path.isfile(name)]
-        found += names
-        if not names:
-            missing.append(f"{arg}: {'no pictures in this folder' if folder else 'no such picture'}")
-    return sorted(found, key=natural_key), missing
-
-
-def natural_key(name: str) -> tuple[list, str]:
-    """Sorts img2 before img10."""
-    return [int(part) if i % 2 else part.lower() for i, part in enumerate(re.split(r"(\d+)", name))], name
-
-
-def is_url(source: str) -> bool:
-    return source.lower().startswith(("http://", "https://"))
+# read and caption pictures
 
 
 def read_picture(source: str, size: int, draw: bool) -> Picture:
     """Read and resize one picture; if it cannot be read, the Picture has an `error` and nothing else."""
     try:
-        image = load_image(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else
-                           io.BytesIO(read_url(source)) if is_url(source) else source)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = re.sub("<_io.BytesIO.*?>", lambda _: source, str(error))
-        return Picture(source, reason if source in reason else f"cannot read the picture {source}: {reason}")
+        image = load_source(source)
+    except UserError as error:
+        return Picture(source, str(error))
     return Picture(source, "", resize(image, size), figures.fit(image, 448) if draw else None)
-
-
-def read_url(url: str) -> bytes:
-    """The bytes at `url`. Raises UserError if there are too many, and whatever urlopen raises."""
-    request = urllib.request.Request(url, headers={"User-Agent": "vision-gpt"})
-    with urllib.request.urlopen(request, timeout=20) as response:
-        content = response.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise UserError(f"it has more than {LARGEST >> 20} MB")
-    return content
 
 
 def read_pictures(sources: list[str], size: int, drawn: int, ahead: int) -> Iterator[Picture]:
@@ -160,10 +116,6 @@ def read_pictures(sources: list[str], size: int, drawn: int, ahead: int) -> Iter
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# caption pictures
 
 
 def caption_pictures(model: VisionGPT, sources: list[str], config: SampleConfig) -> Iterator[Picture]:
@@ -191,7 +143,7 @@ def draw_attention(model: VisionGPT, pictures: list[Picture], images: torch.Tens
     maps = model.attention_maps(images, tokens, layer)[:, len(prompt) :].numpy()
     for p, caption, of_tokens in zip(pictures, captions, maps):
         if p.shown:
-            words = caption_words(model.tokenizer, caption)
+            words = caption_words(model.tokenizer, caption)[:MAX_WORDS]
             of_words = [of_tokens[positions].mean(0) for _, positions in words]
             p.sheet = figures.attention_sheet(p.shown, [word for word, _ in words], of_words)
 
@@ -221,7 +173,8 @@ def write_outputs(config: SampleConfig, captioned: list[Picture]) -> None:
             records = [dict(image=p.source, caption=p.captions[0], score=p.scores[0]) for p in captioned]
         cli.write_text(config.json, json.dumps(records, indent=1))
     if config.csv:
-        with cli.atomic(config.csv) as path, open(path, "w", newline="", encoding="utf-8") as file:
+        with cli.atomic(config.csv) as path, open(path, "w", encoding="utf-8", newline="",
+                                                  errors="backslashreplace") as file:
             rows = [(p.source, text) for p in captioned for text in p.captions]
             csv.writer(file).writerows([("image", "caption"), *rows])
     drawn = [p for p in captioned if p.shown]
@@ -237,33 +190,33 @@ def main(args: list[str] | None = None) -> int:
     if not config.images and not EXAMPLES.is_dir():
         raise UserError("name a picture, as in python sample.py dog.jpg; see --help")
     sources, missing = find_pictures(config.images or [os.path.relpath(EXAMPLES)])
+    folder = config.checkpoint or checkpoint.find_checkpoint()
+    cli.check_outputs(config, texts=["json", "csv"], pictures=["save", "attention"],
+                      inputs=[*sources, Path(folder, "config.json"), Path(folder, "tokenizer.json")])
     if not sources:
         raise UserError("; ".join(missing))
     for line in missing:
-        print(line, file=sys.stderr)
-    folder = config.checkpoint or checkpoint.find_checkpoint()
+        print(printable(line), file=sys.stderr)
     if not config.checkpoint:
         print(f"checkpoint: {folder}", file=sys.stderr)
     if (config.save or config.attention) and len(sources) > DRAWN:
         print(f"only the first {DRAWN} of {len(sources)} pictures will be drawn", file=sys.stderr)
-    sys.stdout.reconfigure(errors="backslashreplace")       # a character the console lacks is not fatal
 
     pictures = caption_pictures(load_model(folder, config), sources, config)
     if config.json == "-" or not sys.stdout.isatty():       # on a terminal the captions are the progress
         pictures = cli.progress(pictures, "captioning", len(sources), " pictures")
     captioned, failed, alone = [], len(missing), len(sources) == 1 and sources == config.images
     try:
-        for p in pictures:
-            if p.error:
-                print(p.error, file=sys.stderr)
-                failed += 1
-                continue
-            for text in p.captions if config.json != "-" else ():
-                print(("" if alone else f"{p.source}\t") + " ".join(text.split()), flush=True)
-            if config.json or config.csv or p.shown:
-                captioned.append(p)
-    except torch.OutOfMemoryError:
-        raise UserError(f"out of memory: lower --batch-size ({config.batch_size})") from None
+        with cli.out_of_memory(f"lower --batch-size ({config.batch_size})"):
+            for p in pictures:
+                if p.error:
+                    print(printable(p.error), file=sys.stderr)
+                    failed += 1
+                    continue
+                for text in p.captions if config.json != "-" else ():
+                    print(("" if alone else printable(p.source) + "\t") + " ".join(text.split()), flush=True)
+                if config.json or config.csv or p.shown:
+                    captioned.append(p)
     finally:                                                # what has been captioned is not lost
         write_outputs(config, captioned)
     return int(failed > 0)

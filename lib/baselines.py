@@ -1,10 +1,10 @@
-"""What bench.py sets Vision-GPT beside: its original's way, and Hugging Face's captioner.
+"""What bench.py compares Vision-GPT with: the original notebook's way, and Hugging Face's captioner.
 
 The original is the notebook that the published checkpoint comes from (Gurumurthy30/multimodal-gpt2-demo on
 GitHub, v1). It computes the same function, and what makes it slow is kept: the ViT runs for every word and
-every caption, no keys and values are held, training pads captions to 256 tokens and computes the logits of
+every caption, no keys and values are cached, training pads captions to 256 tokens and computes the logits of
 all, queries, keys and values are projected one by one, GPT-2's attention, LayerNorm and GELU are made of
-elementwise operations, and there is dropout in the frozen GPT-2 too.
+elementwise operations, and the frozen GPT-2 has dropout too.
 """
 
 import math
@@ -21,9 +21,7 @@ def original_logits(model, tokens, images, dropout=0.0):
     drop = partial(F.dropout, p=dropout)
     heads, T = model.config.gpt2.n_head, tokens.shape[1]
     later = torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)
-    with torch.no_grad():
-        features = model.vit(images)[:, 1:]
-    visual = model.encode(features=features)
+    visual = model.encode(images)
     x = drop(model.gpt2.embed(tokens))
     for i, block in enumerate(model.gpt2.h):
         if str(i) in model.xattn:
@@ -69,13 +67,13 @@ def original_word(model, images, text):
     return logits.argmax(-1)
 
 
-def original_steps(model, device, rows):
-    """A function that takes n optimizer steps in the original's way: `rows` captions, each with its image."""
+def original_training(model, device, batch_size):
+    """A function that takes n optimizer steps, of `batch_size` captions each with an image of its own."""
     model, S = model.to(device).train(), model.config.vit.image_size
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, weight_decay=0.01)
-    tokens = torch.randint(model.eos_id, (rows, PADDED), device=device)
+    tokens = torch.randint(model.eos_id, (batch_size, PADDED), device=device)
     targets = tokens.where(torch.arange(PADDED, device=device) < 13, -100)               # the rest is padding
-    images = torch.randn(rows, 3, S, S, device=device)
+    images = torch.randn(batch_size, 3, S, S, device=device)
 
     def take(n):
         for _ in range(n):
@@ -94,13 +92,8 @@ def hugging_face():
     return hf.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
 
 
-def hugging_face_captions(model, images, words, beams, precision=None):
-    """The start token and `words` more for each image; a matmul precision is set for this call alone."""
-    end, before = model.decoder.config.eos_token_id, torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(precision or before)
-        return model.generate(images.to(model.dtype), num_beams=beams, do_sample=False, eos_token_id=end,
-                              min_new_tokens=words, max_new_tokens=words, decoder_start_token_id=end,
-                              pad_token_id=0)              # never written; the end token's would warn
-    finally:
-        torch.set_float32_matmul_precision(before)
+def hugging_face_captions(words, model, images, beams):
+    """The start token and `words` more for each image."""
+    end = model.decoder.config.eos_token_id
+    return model.generate(images.to(model.dtype), num_beams=beams, do_sample=False, min_new_tokens=words,
+                          max_new_tokens=words, decoder_start_token_id=end, eos_token_id=end, pad_token_id=0)

@@ -4,13 +4,16 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import re
 import sys
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +24,8 @@ class UserError(ValueError):
 
 def printable(text: str) -> str:
     """Text from outside on one line: line breaks, control characters and bytes that are not UTF-8 escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
+                  lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,7 +87,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{value!r} is not one of {choices}")
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
 
 
 def nearest(word, known: Iterable[str]) -> str:
@@ -119,19 +123,55 @@ def parse(config_class, description: str, args: list[str] | None = None) -> dict
 
 def run(main: Callable[[], int | None]) -> None:
     """Call `main()` and exit with its status; what the user can fix is one line on stderr and status 1."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:           # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))                                     # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")        # a character the console lacks is not fatal
     try:
         status = main()
         sys.stdout.flush()
         sys.exit(status)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)                            # without waiting for threads that read
     except BrokenPipeError:                      # whoever read our stdout is gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError) as error:        # OSError: no space left, no permission
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:                     # no such file, no permission, disk full; else a bug
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    print(f"error: {printable(message)}", file=sys.stderr)
+    sys.exit(1)
+
+
+@contextlib.contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Turn running out of memory, a GPU's or the machine's, into a UserError that gives `advice`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if type(error) is MemoryError or re.search("out of memory|can't allocate memory", str(error)):
+            raise UserError(f"out of memory: {advice}") from None
+        raise
+
+
+def within(seconds: float, work: Callable, *args):
+    """work(*args), or TimeoutError after so many seconds: its thread is left to end with the program."""
+    result = Future()
+
+    def call():
+        try:
+            result.set_result(work(*args))
+        except BaseException as error:           # raised again below
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return result.result(seconds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,6 +208,7 @@ def clock(seconds: float) -> str:
 @contextlib.contextmanager
 def atomic(path) -> Iterator[str]:
     """Yield a temporary path beside `path`; rename it there if the block ends well, else remove it."""
+    path = os.path.realpath(path)                # a link stays one
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
@@ -186,13 +227,30 @@ def write_text(path: str, text: str) -> None:
         Path(temporary).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def check_outputs(config, *names: str) -> None:
-    """Raise UserError if one of these fields of `config` names a file that cannot be written."""
-    for name in names:
-        file = getattr(config, name)
-        if file not in (None, "-") and (os.path.isdir(file) or not Path(file).parent.is_dir()):
-            raise UserError(f"--{name.replace('_', '-')} {file} is a folder, or in one that does not exist: "
-                            "name a file in an existing folder")
+def check_outputs(config, texts: list[str], pictures: list[str] = (), inputs: Iterable = ()) -> None:
+    """Check the files that fields of `config` name for texts and pictures, before any work.
+
+    Raises UserError if one cannot be written, if two are the same, if one is an input, however it is spelled,
+    or if a text would replace something that is not text.
+    """
+    inputs, taken = list(inputs), {}
+    for name in [*texts, *pictures]:
+        file, option = getattr(config, name), "--" + name.replace("_", "-")
+        if file in (None, "-"):
+            continue
+        folder, place = os.path.dirname(file) or ".", os.path.realpath(file)
+        if os.path.exists(file) and not os.path.isfile(file) or not os.access(folder, os.W_OK):
+            raise UserError(f"{option} {file} cannot be written: name a file in an existing folder")
+        if taken.setdefault(place, option) != option:
+            raise UserError(f"{taken[place]} and {option} both write {file}: name two files")
+        if not os.path.exists(file):
+            continue
+        if clash := next((i for i in inputs if os.path.exists(i) and os.path.samefile(i, file)), None):
+            raise UserError(f"{option} {file} would overwrite {clash}, which is read: name another file")
+        with open(file, "rb") as held:
+            if name in texts and b"\0" in held.read(4096):
+                raise UserError(f"{option} {file} would overwrite a picture or another binary file: "
+                                f"name another file, and the pictures before {option}")
 
 
 def lock(file: IO, refusal: str) -> None:

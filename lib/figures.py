@@ -70,7 +70,7 @@ def contact_sheet(images: list[Image.Image], texts: list[str], columns: int = 4,
     """PIL images, scaled to fit `tile` pixels, with the text of each wrapped below it."""
     images = [fit(image, tile) for image in images]
     faces = [font(size, text.isascii()) for text in texts]
-    lines = [wrap(text, face, tile) for text, face in zip(texts, faces)]
+    lines = [wrap(text[:2000], face, tile) for text, face in zip(texts, faces)]
     step = round(size * 1.3)
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
     heights = [max(images[i].height for i in row) for row in rows]

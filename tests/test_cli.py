@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,12 +104,36 @@ cli.run(main)
     ("print('fine')", 0, "fine\n", ""),
     ("raise cli.UserError('no such caption')", 1, "", "error: no such caption\n"),
     ("print('so far'); raise cli.UserError('that was it')", 1, "so far\n", "error: that was it\n"),
-    ("open('nowhere/file')", 1, "", "error: [Errno 2] No such file or directory: 'nowhere/file'\n"),
+    ("open('nowhere/file')", 1, "", "error: nowhere/file: No such file or directory\n"),
+    ("raise OSError(28, 'No space left on device')", 1, "", "error: No space left on device\n"),
+    ("raise cli.UserError('a\\nb \\udcff')", 1, "", "error: a\\nb \\udcff\n"),
+    ("print('\\udcff')", 0, "\\udcff\n", ""),
     ("raise KeyboardInterrupt", 130, "", "interrupted\n"), ("return 3", 3, "", "")])
 def test_run_ends_without_a_traceback(body, status, out, err, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
+@pytest.mark.parametrize("closing, out", [("<&-", "''"), (">&-", ""), ("2>&-", "''"), ("<&- >&- 2>&-", "")])
+def test_run_lives_with_closed_streams(closing, out, tmp_path):
+    """As a job started by cron or a daemon; sys.stdin, sys.stdout and sys.stderr are None then."""
+    body = "print(repr(sys.stdin.read())); print('told', file=sys.stderr)"
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
+    done = subprocess.run(f"{sys.executable} script.py {closing}", shell=True, cwd=tmp_path,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, out)
+    assert done.stderr == ("" if "2>" in closing else "told\n")
+
+
+def test_run_can_be_interrupted_while_a_thread_reads_stdin(tmp_path):
+    """Python waits for such threads, so Ctrl-C did nothing until stdin was closed."""
+    body = ("from concurrent.futures import ThreadPoolExecutor; ThreadPoolExecutor().submit(sys.stdin.read); "
+            "raise KeyboardInterrupt")
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), body=body))
+    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, stdin=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as started:
+        assert started.wait(20) == 130 and started.stderr.read() == b"interrupted\n"
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
@@ -124,6 +149,31 @@ def test_run_is_silent_when_its_reader_leaves(lines, tmp_path):
 def test_an_error_in_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 / 0)
+    with pytest.raises(OSError, match="Bad file"):
+        cli.run(lambda: os.close(987))
+
+
+def test_printable_is_one_line_and_leaves_names_of_the_world_alone():
+    names = "写真　1.jpg", "می‌خواهم.png", "café é.gif", "👩‍🚀.webp"
+    assert [cli.printable(name) for name in names] == list(names)
+    assert cli.printable("a\nb\r\t\x1b[2J\u2028\udcff") == r"a\nb\r\t\x1b[2J\u2028\udcff"
+
+
+def test_within_returns_raises_or_gives_up():
+    assert cli.within(5, lambda a: a + 1, 2) == 3
+    with pytest.raises(KeyError):
+        cli.within(5, {}.__getitem__, "x")
+    with pytest.raises(TimeoutError):
+        cli.within(0.05, time.sleep, 5)
+
+
+@pytest.mark.parametrize("work, caught", [
+    (lambda: torch.empty(1 << 60), UserError), (lambda: bytearray(1 << 62), UserError),
+    (lambda: torch.empty(2) @ torch.empty(3), RuntimeError), (lambda: [][1], IndexError)])
+def test_out_of_memory_is_told_and_other_errors_stay(work, caught):
+    with pytest.raises(caught) as error, cli.out_of_memory("take less"):
+        work()
+    assert (error.type is UserError) == (str(error.value) == "out of memory: take less")
 
 
 def test_nearest_names_what_was_meant():
@@ -143,6 +193,45 @@ def test_atomic_leaves_a_whole_file_or_nothing(tmp_path):
                 Path(temporary).write_text("half of")
             raise UserError("stopped")
     assert file.read_text() == "one" and [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_atomic_writes_through_a_link(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/file")
+    cli.write_text(tmp_path / "link", "one")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "far/file").read_text() == "one\n"
+
+
+@dataclass
+class Outputs:
+    json: str | None = None
+    other: str | None = None
+    save: str | None = None
+
+
+@pytest.mark.parametrize("files, message", [
+    (dict(json="-", other="new", save="new.png"), None), (dict(json="text", save="old.png"), None),
+    (dict(json="new", other="./new"), "--json and --other both write ./new"),
+    (dict(json="new", save="link"), "--json and --save both write"),
+    (dict(json="input"), "overwrite"), (dict(save="sub/../input"), "would overwrite input, which is read"),
+    (dict(save="link to input"), "would overwrite input"), (dict(save="hard link to input"), "overwrite"),
+    (dict(json="old.png"), "--json old.png would overwrite a picture"), (dict(json="sub"), "be written"),
+    (dict(json="none/new"), "cannot be written"), (dict(json="/dev/null"), "cannot be written"),
+    (dict(other="pipe"), "cannot be written")])
+def test_outputs_that_would_lose_something_are_refused(files, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("sub")
+    os.mkfifo("pipe")
+    for name, content in (("text", b"[1]"), ("input", b"[2]"), ("old.png", b"\x89PNG\0")):
+        Path(name).write_bytes(content)
+    os.symlink("new", "link")
+    os.symlink("input", "link to input")
+    os.link("input", "hard link to input")
+    if message is None:
+        cli.check_outputs(Outputs(**files), ["json", "other"], ["save"], ["input", "missing", "-"])
+    else:
+        with pytest.raises(UserError, match=message):
+            cli.check_outputs(Outputs(**files), ["json", "other"], ["save"], ["input", "missing", "-"])
 
 
 def test_progress_passes_everything_on_and_shows_late(capsys, monkeypatch):

@@ -227,10 +227,10 @@ def test_table_says_when_meteor_was_not_measured():
     (lambda e: e[1:], "no caption for 1 of 5 test images, such as 7.jpg; --limit"),
     (lambda e: e + [{"image": "99.jpg", "caption": ""}], "entry 6: .* has no image 99.jpg"),
     (lambda e: e + [{"image": "0.jpg", "caption": ""}], "1 of the 6 images .* outside the test split"),
-    (lambda e: e + [{"image": "0.jpg"}], "entry 6: it needs a caption"),
-    (lambda e: e + [{"caption": "a dog"}], "entry 6: it needs"),
-    (lambda e: ["a dog"], "entry 1: it needs"),
-    (lambda e: {"captions": e}, "does not hold a list"),
+    (lambda e: e + [{"image": "0.jpg"}], "5 lacks the field .caption"),
+    (lambda e: e + [{"caption": "a dog"}], "has no image None"),
+    (lambda e: ["a dog"], "0 is 'a dog', but must be an object"),
+    (lambda e: {"captions": e}, "is an object, but must be a list"),
 ])
 def test_wrong_predictions_are_told_in_one_line(folder, tmp_path, change, message):
     file = write(tmp_path / "theirs.json", change(perfect()))
@@ -239,10 +239,11 @@ def test_wrong_predictions_are_told_in_one_line(folder, tmp_path, change, messag
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "cannot read"), (b"\xff\xfe[", "not JSON"), (b"[", "not JSON")])
+    (b"\xff\xfe[", "damaged"), (b"[", "damaged"), (b"[" * 10**5, "nested too deeply"),
+    (b'[{"caption": "a", "image_id": ' + b"9" * 5000 + b"}]", "damaged"),
+    (b'[{"caption": "a", "image_id": [1]}]', "must be"), (b'[{"caption": 1, "image": "0"}]', "must be text")])
 def test_unreadable_predictions_are_told_in_one_line(folder, tmp_path, content, message):
-    if content:
-        (tmp_path / "p.json").write_bytes(content)
+    (tmp_path / "p.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         evaluate.main(["--predictions", str(tmp_path / "p.json"), "--data", str(folder)])
 
@@ -253,12 +254,29 @@ def test_unreadable_predictions_are_told_in_one_line(folder, tmp_path, content, 
     (["--shuffle-images"], "--shuffle-images needs a model"),
     (["--limit", "-1"], "limit is -1"),
     (["--grid", "grid.txt"], "does not name a picture format"),
-    (["--grid", "none/grid.png"], "--grid none/grid.png is"),
-    (["--json", "p.json"], "overwrite the predictions"),
+    (["--grid", "none/grid.png"], "--grid none/grid.png cannot be written"),
+    (["--json", "./p.json"], "would overwrite p.json"),
+    (["--json", "a", "--save-predictions", "a"], "both write a"),
+    (["--batch-size", str(10**9)], "from 1 to 4096"),
 ])
-def test_impossible_settings_are_refused_before_the_work(args, message):
+def test_impossible_settings_are_refused_before_the_work(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.json").write_text("[]")
     with pytest.raises(UserError, match=message):
         evaluate.main(["--predictions", "p.json", *args])
+
+
+def test_files_of_the_set_and_the_model_are_never_written_over(folder, checkpoint, tmp_path):
+    theirs = write(tmp_path / "theirs.json", perfect())
+    files = [*folder.iterdir(), *checkpoint.iterdir()]
+    before = {file: file.read_bytes() for file in files}
+    for file in files:
+        if file.parent == folder:
+            with pytest.raises(UserError, match="would overwrite"):
+                evaluate.main(["--predictions", str(theirs), "--data", str(folder), "--json", str(file)])
+        with pytest.raises(UserError, match="would overwrite"):
+            evaluate.main(["--checkpoint", str(checkpoint), "--save-predictions", str(file)])
+    assert before == {file: file.read_bytes() for file in files}
 
 
 def test_several_captions_an_image_are_no_choice(capsys):

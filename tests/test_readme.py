@@ -81,7 +81,7 @@ def test_readme_own_pictures_scores_and_stand_alone_model(tmp_path):
     from prepare_shapes import ShapesConfig, prepare
     from tokenizer import Tokenizer
     prepare(ShapesConfig(out=str(tmp_path / "shapes"), train_scenes=40, eval_scenes=8))
-    tiny = "train.py --preset shapes --data shapes --out out/flickr8k --max-steps 1".split()
+    tiny = ["train.py", "--preset", "shapes", "--data", "shapes", "--out", "out/flickr8k", "--max-steps", "1"]
     (tmp_path / "weights").mkdir()                      # stands in for GPT-2's tables
     Tokenizer("gpt2", Tokenizer.load(tmp_path / "shapes").ranks).save(tmp_path / "weights")
     (tmp_path / "photos").mkdir()

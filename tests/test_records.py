@@ -30,6 +30,7 @@ class Outer:
     rate: float = field(metadata=dict(min=0))
     on: bool
     pair: tuple[float, float]
+    whole: tuple[int, int, int]
     texts: list[str]
     table: dict[str, list[int]]
     mode: Literal["a", "b"] | None
@@ -37,13 +38,14 @@ class Outer:
     later: int = field(default=7, metadata=dict(optional=True))
 
 
-GOOD = dict(count=1, rate=2, on=True, pair=[0, 1.5], texts=["x", "\ud800"], table={"k": [1, 2]}, mode=None,
-            inner=dict(name="n", odd=3))
+GOOD = dict(count=1, rate=2, on=True, pair=[0, 1.5], whole=[1, 2, 3], texts=["x", "\ud800"],
+            table={"k": [1, 2]}, mode=None, inner=dict(name="n", odd=3))
 
 
 def test_whole_object_is_read():
     read = parse_json(Outer, json.dumps(GOOD), "f")
-    assert read == Outer(1, 2.0, True, (0.0, 1.5), ["x", "\ud800"], {"k": [1, 2]}, None, Inner("n", 3), 7)
+    assert read == Outer(1, 2.0, True, (0.0, 1.5), (1, 2, 3), ["x", "\ud800"], {"k": [1, 2]}, None,
+                         Inner("n", 3), 7)
     assert type(read.rate) is type(read.pair[0]) is float
 
 
@@ -58,6 +60,8 @@ def test_whole_object_is_read():
     (dict(rate=10**400), f"f.json: rate is 1{59 * '0'}, but must be a finite number of at least 0"),
     (dict(on=1), "f.json: on is 1, but must be true or false"),
     (dict(pair=[1]), "f.json: pair is a list of 1, but must be a list of 2"),
+    (dict(whole=[3]), "f.json: whole is a list of 1, but must be a list of 3"),
+    (dict(whole=[]), "f.json: whole is a list of 0, but must be a list of 3"),
     (dict(texts=["a", None]), "f.json: texts.1 is null, but must be text"),
     (dict(texts={}), "f.json: texts is an object, but must be a list"),
     (dict(table={"k": [2**63]}), "f.json: table.k is 9223372036854775808, but must be a whole number"),

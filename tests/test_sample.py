@@ -1,11 +1,10 @@
 """sample.py: what is captioned, in which order, what is printed and written, where the model looked."""
 
 import csv
-import http.server
 import json
+import os
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -63,59 +62,6 @@ def run(folder, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# pictures
-
-
-def test_pictures_come_in_natural_order():
-    names = ["b/img1.png", "img10.png", "IMG2.png", "img1.png", "a10b2", "a10b10"]
-    assert sorted(names, key=sample.natural_key) == ["a10b2", "a10b10", "b/img1.png", "img1.png", "IMG2.png",
-                                                 "img10.png"]
-
-
-def test_pictures_of_folders_patterns_and_names(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    in_folder = ["photos/bad3.jpg", "photos/img2.PNG", "photos/img10.png"]
-    assert sample.find_pictures(["photos"]) == (in_folder, [])
-    assert sample.find_pictures(["photos/*.png"]) == (["photos/img10.png"], [])
-    assert sample.find_pictures(["photos/**/*.png"])[0] == ["photos/below/img0.png", "photos/img10.png"]
-    as_named = ["-", "https://a.b/c", "photos/notes.txt"]
-    assert sample.find_pictures(as_named[::-1]) == (as_named, [])
-    assert sample.find_pictures(["photos/img10.png"] * 2)[0] == ["photos/img10.png"] * 2
-    found, missing = sample.find_pictures(["nope.jpg", "no*.jpg", "checkpoint"])
-    assert found == [] and [line.split(":")[0] for line in missing] == ["nope.jpg", "no*.jpg", "checkpoint"]
-
-
-def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path):
-    (tmp_path / "[2024]").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "[2024]" / "a.png")
-    assert len(sample.find_pictures([str(tmp_path / "[2024]")])[0]) == 1
-
-
-def test_urls_are_fetched_and_their_errors_are_lines(folder, monkeypatch):
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(folder / "photos"))
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        picture = sample.read_picture(f"{url}/img10.png", 32, draw=True)
-        assert not picture.error and picture.pixels.size == (32, 32) and picture.shown.size == (448, 299)
-        local = sample.read_picture(str(folder / "photos/img10.png"), 32, draw=False)
-        assert picture.pixels.tobytes() == local.pixels.tobytes() and local.shown is None
-        for name, why in (("nope.png", "404"), ("notes.txt", "cannot identify")):
-            error = sample.read_picture(f"{url}/{name}", 32, draw=False).error
-            assert f"{url}/{name}" in error and why in error and "\n" not in error and "BytesIO" not in error
-        monkeypatch.setattr(sample, "LARGEST", 50)
-        assert "more than" in sample.read_picture(f"{url}/img10.png", 32, draw=False).error
-        server.shutdown()
-    assert sample.read_picture(f"{url}/img10.png", 32, draw=False).error
-
-
-# --------------------------------------------------------------------------------------------------
 # command line
 
 
@@ -123,10 +69,11 @@ def test_urls_are_fetched_and_their_errors_are_lines(folder, monkeypatch):
     ([], "name a picture"),
     (["nope.jpg"], "nope.jpg: no such picture"),
     (["--json", "dog.jpg"], "is a picture"),
-    (["dog.png", "--save", "dog.png"], "is a picture"),
     (["a.jpg", "--save", "grid"], "grid.png"),
     (["a.jpg", "--csv", "no/such/folder.csv"], "existing folder"),
-    (["a.jpg", "--batch-size", "0"], "at least 1"),
+    (["a.jpg", "--batch-size", "0"], "from 1 to 4096"),
+    (["a.jpg", "--batch-size", str(10**9)], "from 1 to 4096"),
+    (["a.jpg", "--csv", "a", "--json", "./a"], "--json and --csv both write a"),
     (["a.jpg", "--num-return-sequences", "2"], "num_beams"),
 ])
 def test_mistakes_are_told_before_a_model_is_loaded(args, message, tmp_path, monkeypatch):
@@ -134,6 +81,47 @@ def test_mistakes_are_told_before_a_model_is_loaded(args, message, tmp_path, mon
     monkeypatch.setattr(sample, "EXAMPLES", tmp_path / "none")
     with pytest.raises(UserError, match=message):
         sample.main([*args, "--checkpoint", "does-not-exist"])
+
+
+@pytest.mark.parametrize("flag", ["--json", "--csv", "--save", "--attention"])
+@pytest.mark.parametrize("file", ["photos/img2.PNG", "photos/../photos/img2.PNG", "link.png", "plain"])
+def test_a_picture_of_the_run_is_never_written_over(flag, file, folder, monkeypatch):
+    """Spelled another way, behind a link, in the folder that is captioned, without a suffix."""
+    monkeypatch.chdir(folder)
+    (folder / "plain").write_bytes((folder / "photos/img2.PNG").read_bytes())
+    (folder / "link.png").unlink(missing_ok=True)
+    (folder / "link.png").symlink_to("photos/img2.PNG")
+    before = {name: (folder / name).read_bytes() for name in ("photos/img2.PNG", "plain")}
+    with pytest.raises(UserError, match="is a picture|would overwrite|does not name a picture format"):
+        sample.main(["photos", "plain", flag, file, "--checkpoint", "checkpoint"])
+    with pytest.raises(UserError, match="is a picture|would overwrite|does not name a picture format"):
+        sample.main([str(folder / "plain"), flag, file, "--checkpoint", "checkpoint"]
+                    if file == "plain" else ["photos/*.PNG", flag, file, "--checkpoint", "checkpoint"])
+    assert before == {name: (folder / name).read_bytes() for name in before}
+
+
+def test_the_models_own_files_are_never_written_over(folder):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        with pytest.raises(UserError, match="would overwrite"):
+            sample.main([str(folder / "photos"), "--checkpoint", str(folder / "checkpoint"),
+                         "--json", str(folder / "checkpoint" / name)])
+
+
+def test_odd_file_names_are_a_line_each_and_survive_in_the_files(folder, tmp_path, capsys):
+    names = [b"two\nlines\t.png", b"not utf-8 \xff.png", "写真　1.png".encode(), b"bad\n.png"]
+    for name in names:
+        content = b"no" if name.startswith(b"bad") else (folder / "photos/img10.png").read_bytes()
+        (tmp_path / os.fsdecode(name)).write_bytes(content)
+    status = sample.main([str(tmp_path), "--checkpoint", str(folder / "checkpoint"), "--max-length", "3",
+                          "--json", str(tmp_path / "a.json"), "--csv", str(tmp_path / "a.csv")])
+    out, err = capsys.readouterr()
+    assert status == 1 and len(out.splitlines()) == 3 and len(err.splitlines()) == 1 and "bad\\n.png" in err
+    assert [line.count("\t") for line in out.splitlines()] == [1] * 3 and "two\\nlines\\t.png\t" in out
+    assert "写真　1.png\t" in out
+    found = {entry["image"] for entry in json.loads((tmp_path / "a.json").read_text())}
+    assert found == {str(tmp_path / os.fsdecode(name)) for name in names[:3]}
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.reader(file))) == 4
 
 
 def test_one_file_prints_the_bare_caption(run, model, folder):

@@ -9,7 +9,6 @@ import pytest
 
 def test_ruff_finds_nothing():
     pytest.importorskip("ruff", reason="pip install -r requirements-dev.txt")
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache"], cwd=root,
-                          capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
