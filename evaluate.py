@@ -27,7 +27,7 @@ from lib.cli import UserError, flag
 from lib.images import normalize
 from lib.metrics import meteor, score
 from lib.records import read_json
-from lib.scenes import judge
+from lib.scenes import judge, read_scenes
 from model import VisionGPT
 from sample import CaptionerConfig, load_model
 from tokenizer import pack_captions
@@ -177,9 +177,7 @@ def measure(texts: list[str], data: CaptionSet, images: np.ndarray) -> tuple[dic
     column = {"images": len(images), "references": sum(map(len, references)), **corpus,
               "METEOR": meteor(texts, references), "distinct_captions": len(set(texts)),
               "mean_words": sum(len(text.split()) for text in texts) / len(texts)}
-    file = Path(data.folder, "scenes.jsonl")
-    if file.exists():
-        scenes = [json.loads(line) for line in file.read_text().splitlines()]
+    if scenes := read_scenes(data.folder, len(data.names)):
         right = sum(judge(text, scenes[i]) for text, i in zip(texts, images))
         column["right_in_every_word"] = right / len(texts)
     return column, per_image

@@ -8,7 +8,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import sys
@@ -27,10 +26,10 @@ import fast
 import prepare_shapes
 from data import CaptionSet, ImageInputs, clean_caption, collate, epoch_batches, load_ahead, pin, to_device
 from gpt2 import GPT2Config
-from lib import checkpoint, cli, figures
+from lib import checkpoint, cli, figures, records
 from lib.cli import UserError, flag
 from lib.runs import RUN_FILES, Log, cpu_threads, peak_memory, run_folder, stop_signal
-from lib.scenes import judge
+from lib.scenes import judge, read_scenes
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from tokenizer import Tokenizer
@@ -87,6 +86,8 @@ class TrainConfig:
                             "--init-from or another preset")
         if self.resume and self.overwrite:
             raise UserError("--resume continues the run, --overwrite throws it away: give one of them")
+        if self.init_from and os.path.realpath(self.init_from) == os.path.realpath(self.out):
+            raise UserError(f"--init-from {self.init_from} would be written over: name another --out")
         if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
             raise UserError("training runs on one GPU: start it with python train.py, "
                             "without torchrun or WORLD_SIZE")
@@ -322,6 +323,33 @@ def sample_captions(model: VisionGPT, inputs: ImageInputs, images: np.ndarray,
 
 
 @dataclass
+class AdamState:
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass
+class OptimizerState:
+    state: dict[int, AdamState]
+    param_groups: list[dict]
+
+
+@dataclass
+class SavedState:
+    """What training_state.pt holds, of which every field is checked before it is used."""
+
+    model: dict[str, Tensor]
+    optimizer: OptimizerState
+    scaler: dict[str, int | float]
+    step: int = field(metadata=dict(min=0))
+    best: float = field(metadata=dict(max=math.inf))
+    losses: list[float]
+    backbones: dict[str, str | None]
+    config: TrainConfig
+
+
+@dataclass
 class TrainState:
     """All that changes while training, as in training_state.pt; `inputs`: hashes of weights and captions."""
 
@@ -347,26 +375,31 @@ class TrainState:
             print(f"{file} does not exist: starting at step 0", file=sys.stderr)
             return None
         try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            fields = {"model", "optimizer", "scaler", "step", "best", "losses", "backbones", "config"}
-            settings = {field.name for field in dataclasses.fields(TrainConfig)}
-            if not fields <= saved.keys() or saved["config"].keys() != settings:
-                raise KeyError
+            saved = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
         except Exception as error:                                    # a damaged file fails in many ways
             raise UserError(f"{file} is damaged or of another version ({type(error).__name__}); "
                             f"start again with --overwrite") from None
+        records.convert(SavedState, saved, file)
         return saved
 
     def load(self, saved: dict, out: Path) -> None:
         """Continue from what `read` returned. Raises UserError if weights or captions are others now."""
-        if saved["backbones"] != self.inputs or any(
-                p.shape != saved["model"][name].shape for name, p in self.trained.items()):
+        held = {name: tensor.shape for name, tensor in saved["model"].items()}
+        if saved["backbones"] != self.inputs or held != {name: p.shape for name, p in self.trained.items()}:
             raise UserError("the weights or the data are no longer those that the run in "
                             f"{out} was started with")
+        own, moments = self.optimizer.state_dict(), saved["optimizer"]["state"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        tensors = [*saved["model"].values(), *(t for moment in moments.values() for t in moment.values())]
+        fit = all(0 <= i < len(parameters) and moment["step"].shape == () and parameters[i].shape ==
+                  moment["exp_avg"].shape == moment["exp_avg_sq"].shape for i, moment in moments.items())
+        if not fit or not all(t.isfinite().all() for t in tensors):
+            raise UserError(f"{out}/training_state.pt is damaged (NaN, or tensors that do not fit the "
+                            "model); start again with --overwrite")
         for name, p in self.trained.items():
             p.data.copy_(saved["model"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:                                           # none where the loss was not scaled
+        self.optimizer.load_state_dict(own | {"state": moments})      # the rest is of this run's settings
+        if saved["scaler"].keys() >= self.scaler.state_dict().keys() > set():    # not where it does not scale
             self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
         self.losses = [torch.tensor(loss) for loss in saved["losses"]]
@@ -450,8 +483,7 @@ def finish(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainCo
     figures.save(figures.contact_sheet([Image.fromarray(data.images[i]) for i in images], texts),
                  out / "samples.png")
     log(f"{out} holds the best model, log.jsonl, loss.png and samples.png")
-    if Path(cfg.data, "scenes.jsonl").exists():
-        scenes = [json.loads(line) for line in Path(cfg.data, "scenes.jsonl").read_text().splitlines()]
+    if scenes := read_scenes(cfg.data, len(data.names)):
         test = data.split("test")
         texts = sample_captions(model, inputs, test, amp)
         right = sum(judge(text, scenes[i]) for text, i in zip(texts, test))

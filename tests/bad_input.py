@@ -12,6 +12,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import faulthandler
 import gc
 import hashlib
 import http.server
@@ -112,6 +113,7 @@ def child(cwd, args, files, seconds):
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
         sys.argv = [os.fsdecode(base64.b64decode(arg)) for arg in args]
+        faulthandler.dump_traceback_later(seconds - 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**30, 2**30))
         from lib import cli
         cli.run(sys.modules[sys.argv[0].removesuffix(".py")].main)
@@ -204,7 +206,8 @@ def judge(case, status, seconds, memory, out, err, before, after):
     lines = [line for line in err.splitlines() if line and not NOTES.match(line)]
     ended = {0: "accepted", 1: "refused", 2: "refused"}.get(status, f"exit {status}")
     if status == -signal.SIGKILL and seconds > SECONDS - 1:
-        return "hang", f"took over {seconds:.0f} s"
+        frames = re.findall(r'File "(?:.*/)?(\S+)", line (\d+) in (\S+)', err)
+        return "hang", f"took over {seconds:.0f} s in {' < '.join(' '.join(f) for f in frames[:6])}"
     if "Traceback (most" in err or status not in (0, 1, 2):
         last = lines[-1] if lines else ""
         return "traceback" if "Traceback (most" in err else ended, f"{ended}: {last[:150]}"
@@ -1049,9 +1052,9 @@ def weight_cases():
         held = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])["__metadata__"]
         for key in held:
             for path, label, new in mutations({key: json.loads(held[key])}):
-                text = json.loads(changed({key: json.loads(held[key])}, path, "DEEP" if new is DEEP else new))
                 if new is DEEP:
                     continue
+                text = json.loads(changed({key: json.loads(held[key])}, path, new))
                 accept = (path[-1], label) in (("dropout", "gone"), ("activation", "x")) or path[-1] == "transform"
                 yield Case(f"{args[0]} {file} metadata: {'.'.join(map(str, path))} {label}", args, parts,
                            with_tensors(file, lambda a: None, lambda m, k=key, t=text: {

@@ -197,7 +197,7 @@ def test_a_training_step_is_what_the_formulas_say(part, base, config):
          for name, p in base.model.state_dict().items()}
     if part == "fusion":
         (file,) = (base.folder / "data").glob("features-*.bin")
-        seen = torch.from_numpy(np.fromfile(file, np.float16).reshape(-1, 4, 12)).double()
+        seen = torch.from_numpy(np.fromfile(file, np.float16, 14 * 48).reshape(-1, 4, 12)).double()
     else:
         small = [Image.fromarray(p).resize((16, 16), Image.Resampling.BILINEAR) for p in base.pictures]
         mean, std = np.array(model.config.vit.mean), np.array(model.config.vit.std)
