@@ -79,7 +79,7 @@ def greedy_or_sample(step, select, start, config, eos_id, generator):
         logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
         total += logprob.masked_fill(done, 0)
         length += ~done
-        text = torch.cat([text, token[:, None]], dim=1)                  # finished rows keep running, and are cut
+        text = torch.cat([text, token[:, None]], dim=1)             # finished rows run on, and are cut
         done |= token == eos_id
         if new == config.max_length or done.all():
             break
@@ -98,7 +98,7 @@ def beam_search(step, select, start, config, eos_id, generator=None):
     select(rows)
     logits, prompt = logits[rows], start[rows]
     live = torch.full((B, G), -torch.inf, device=device)                     # log-probabilities of the beams
-    live[:, 0] = 0                                                           # all beams start identical: one counts
+    live[:, 0] = 0                                                     # all beams start identical: one counts
     text = torch.full((B * G, L), eos_id, device=device)                        # new tokens, then end tokens
     best = torch.full((B, G), -torch.inf, device=device)                     # scores of the finished texts
     best_text = text.view(B, G, L).clone()
@@ -113,7 +113,7 @@ def beam_search(step, select, start, config, eos_id, generator=None):
     for new in range(1, L + 1):
         so_far = torch.cat([prompt, text[:, : new - 1]], dim=1)
         logits = process_logits(logits.float(), so_far, config, eos_id, new)
-        total = live.view(-1, 1) - logits.logsumexp(-1, keepdim=True)        # + logit: log-probability of the text
+        total = live.view(-1, 1) - logits.logsumexp(-1, keepdim=True)        # + logit: log-probability
         finish((total + logits[:, eos_id : eos_id + 1]).view(B, G), new)
         logits[:, eos_id] = -torch.inf
         likeliest, token = logits.topk(min(G, logits.shape[-1]))             # (R, K)

@@ -54,7 +54,7 @@ class KVCache:
         """New row i continues old row rows[i]: reorders the beams, or repeats a row for several."""
         if len(rows) != self.k.shape[1]:
             self.k, self.v = self.k[:, rows], self.v[:, rows]
-        elif rows.device.type != "cpu" or rows.tolist() != list(range(len(rows))):   # skip the copy if nothing moves
+        elif rows.device.type != "cpu" or rows.tolist() != list(range(len(rows))):   # else no copy
             for held in (self.k[..., : self.length, :], self.v[..., : self.length, :]):
                 held.copy_(held[:, rows])
 

@@ -88,7 +88,7 @@ class Log:
 
 @contextlib.contextmanager
 def stop_signal():
-    """Within it, Ctrl-C and SIGTERM only set a flag, the list it gives, so that the step is finished and saved.
+    """Within it, Ctrl-C and SIGTERM only fill the list it gives: the step is finished and saved first.
 
     A second one stops at once.
     """
