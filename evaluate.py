@@ -62,7 +62,7 @@ class EvaluateConfig(CaptionerConfig):
         self.check_outputs([self.predictions or ""])
 
     def check_outputs(self, inputs: list) -> None:
-        cli.check_outputs(self, texts=["json", "save_predictions"], pictures=["grid"], inputs=inputs)
+        cli.check_outputs(self, "json", "save_predictions", pictures=["grid"], inputs=inputs)
 
 
 @dataclass

@@ -37,8 +37,9 @@ class ViTConfig:
     final_norm: bool = True            # CLIP: patch tokens are taken before its last LayerNorm
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    transform: dict[str, int | str] = field(default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
-    # the weights' own evaluation: short side and centre crop, or dict(squash=224, filter=...)
+    # how the weights were evaluated, for convert_weights.py --check alone: captioning squashes the picture
+    transform: dict[str, int | str] = field(
+        default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
     dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
 
     def __post_init__(self):

@@ -117,7 +117,7 @@ def read(file: File, largest: int = MAX_IMAGE_BYTES) -> bytes:
         with file.open() as opened:
             content = opened.read(largest + 1)
     except ZIP_ERRORS as error:
-        raise UserError(f"cannot read {file.path}: {error}") from None
+        raise UserError(f"cannot read {file.path}: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > largest:
         raise UserError(f"{file.path} is too large: the limit is {largest >> 20} MB")
     return content

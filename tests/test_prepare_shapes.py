@@ -140,6 +140,13 @@ def test_prepare_refuses_sizes_that_cannot_be(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+def test_prepare_never_replaces_files_that_are_not_of_a_set(tmp_path):
+    (tmp_path / "scenes.jsonl").write_text("my work")
+    with pytest.raises(UserError, match="holds a file scenes.jsonl"):
+        shapes.prepare(small(tmp_path))
+    assert (tmp_path / "scenes.jsonl").read_text() == "my work" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_script_prints_a_summary(tmp_path):
     flags = ["--out", tmp_path / "set", "--train-scenes=20", "--eval-scenes=5"]
     done = subprocess.run([sys.executable, ROOT / "prepare_shapes.py", *flags], cwd=tmp_path,
