@@ -72,7 +72,7 @@ def serve():
     torch.set_num_threads(1)
     import PIL.AvifImagePlugin
     import PIL.Image
-    import PIL.WebPImagePlugin  # noqa: F401
+    import PIL.WebPImagePlugin
     PIL.Image.init()
     for name in (*SCRIPTS, "lib.download", "test_convert_weights", "test_data", "test_model", "test_checkpoint"):
         importlib.import_module(name)
@@ -109,9 +109,8 @@ def child(cwd, args, files, seconds):
         for number, file in enumerate(files):
             os.dup2(os.open(file, os.O_RDWR), number)
         os.chdir(cwd)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+        sys.stdin, sys.stdout = os.fdopen(0, encoding="utf-8"), os.fdopen(1, "w", encoding="utf-8")
+        sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace")
         sys.argv = [os.fsdecode(base64.b64decode(arg)) for arg in args]
         faulthandler.dump_traceback_later(seconds - 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**30, 2**30))
@@ -1082,10 +1081,10 @@ def other_weight_cases():
         parts = ("source/tensorflow",) if "tensorflow" in file else (file,)
         yield from file_cases(file, args, parts, ("new",), fine=("one byte longer?", "zeros?") if "data" in file else
                               ("one byte longer?",))
-        size = (WORLD / file).stat().st_size
         for number in range(16):
             yield Case(f"convert_weights.py {file}: flipped {number}", args, parts,
-                       replace(file, lambda p, c, n=number: p.write_bytes(flip(c, n * size // 16 + n, 0xFF))), ANY, ("new",))
+                       replace(file, lambda p, c, n=number: p.write_bytes(flip(c, n * len(c) // 16 + n, 0xFF))),
+                       ANY, ("new",))
 
     def arrays(**held):
         def damage(folder):

@@ -33,11 +33,48 @@ from lib import checkpoint, cli  # noqa: E402
 from lib.records import parse_json  # noqa: E402
 
 SCRIPTS = {"train.py": train.main, "prepare_flickr8k.py": prepare_flickr8k.main}
-TRAIN = ["train.py", "--data", "data", "--weights", "weights", "--out", "run", "--device", "cpu", "--batch-size", "3",
-         "--epochs", "99", "--max-steps", "24", "--warmup-steps", "2", "--eval-interval", "5", "--save-interval", "3",
-         "--log-interval", "1", "--num-samples", "1", "--eval-images", "4", "--dropout", "0.1"]
-PREPARE = ["prepare_flickr8k.py", "--images", "photos", "--captions", "captions.csv", "--image-size", "64",
-           "--out", "set"]
+TRAIN = [
+    "train.py",
+    "--data",
+    "data",
+    "--weights",
+    "weights",
+    "--out",
+    "run",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "3",
+    "--epochs",
+    "99",
+    "--max-steps",
+    "24",
+    "--warmup-steps",
+    "2",
+    "--eval-interval",
+    "5",
+    "--save-interval",
+    "3",
+    "--log-interval",
+    "1",
+    "--num-samples",
+    "1",
+    "--eval-images",
+    "4",
+    "--dropout",
+    "0.1",
+]
+PREPARE = [
+    "prepare_flickr8k.py",
+    "--images",
+    "photos",
+    "--captions",
+    "captions.csv",
+    "--image-size",
+    "64",
+    "--out",
+    "set",
+]
 
 
 def start(args, log):
@@ -50,7 +87,7 @@ def start(args, log):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for number in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), args
+        sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w"), args
         cli.run(SCRIPTS[args[0]])
     except SystemExit as error:
         status = error.code or 0
@@ -67,7 +104,7 @@ def run(args, log="log"):
 
 
 def state(folder="run"):
-    """All that a run is: last parameters, moments, step, best loss; and the model in the checkpoint folder."""
+    """All that a run is: last parameters, moments, step, best loss; the model in the checkpoint folder."""
     saved = torch.load(Path(folder, "training_state.pt"), weights_only=True)
     tensors = checkpoint.read_tensors(Path(folder, "fusion.safetensors"))
     flat = {**saved["model"], **{f"best {name}": t for name, t in tensors.items()}}
@@ -76,8 +113,11 @@ def state(folder="run"):
 
 
 def same(one, other):
-    return one[1] == other[1] and one[0].keys() == other[0].keys() and all(
-        torch.equal(one[0][name], other[0][name]) for name in one[0])
+    return (
+        one[1] == other[1]
+        and one[0].keys() == other[0].keys()
+        and all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+    )
 
 
 def half_written(folder):
@@ -123,7 +163,12 @@ def kill_train(base, number, seconds, wanted):
         return "not tried"
     if "Traceback" in Path("log").read_text():
         return f"traceback: {Path('log').read_text()[-300:]}"
-    if number != signal.SIGKILL and Path("run").exists() and list(Path("run").glob("*.tmp")) and status != -number:
+    if (
+        number != signal.SIGKILL
+        and Path("run").exists()
+        and list(Path("run").glob("*.tmp"))
+        and status != -number
+    ):
         return "a temporary file was left"
     if Path("run").exists() and (bad := half_written("run")):
         return f"half written: {bad}"
@@ -145,7 +190,7 @@ def kill_prepare(base, number, seconds, wanted):
     if "Traceback" in Path("log").read_text():
         return f"traceback: {Path('log').read_text()[-300:]}"
     if Path("set/meta.json").exists():
-        CaptionSet("set")                            # a set that is there is whole
+        CaptionSet("set")  # a set that is there is whole
     if run(PREPARE):
         return f"not prepared again: {Path('log').read_text()[-300:]}"
     return "resumed bitwise" if content("set") == wanted else f"another set: {sorted(content('set'))}"
@@ -156,8 +201,9 @@ def full_disk(base, wanted):
     for size in (20, 60, 120, 200, 300, 450, 700, 1000):
         folder = fresh(base)
         Path("run").mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder / "run")],
-                                 capture_output=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder / "run")], capture_output=True
+        )
         if mounted.returncode:
             yield "disk full", "not tried"
             return
@@ -178,7 +224,10 @@ def full_disk(base, wanted):
             yield "read-only folder", "clean error" if clean else f"{status} {text[-300:]}"
             subprocess.run(["mount", "-o", "remount,rw,size=50m", str(folder / "run")], check=True)
             resumed = run([*TRAIN, "--resume"]) == 0 and same(state(), wanted)
-            yield "disk full", "resumed bitwise" if resumed else f"not resumed: {Path('log').read_text()[-300:]}"
+            yield (
+                "disk full",
+                "resumed bitwise" if resumed else f"not resumed: {Path('log').read_text()[-300:]}",
+            )
         finally:
             subprocess.run(["umount", str(folder / "run")], check=True)
 
@@ -213,13 +262,18 @@ def two_runs(base, args, final, wanted):
                 break
         time.sleep(0.01)
     right = same(state(), wanted) if final == "run" else content("set") == wanted
-    return "refused" if right and refused else f"{refused} refused, {'right' if right else 'wrong'}: {text[-300:]}"
+    return (
+        "refused"
+        if right and refused
+        else f"{refused} refused, {'right' if right else 'wrong'}: {text[-300:]}"
+    )
 
 
 def build(base):
     from test_checkpoint import save_backbones
     from test_data import make_set
     from test_model import captioner
+
     world = base / "world"
     make_set(world / "data", images=14, size=24, longest=7)
     model = captioner(n_positions=40)
@@ -235,7 +289,9 @@ def build(base):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -253,7 +309,7 @@ def main():
     try:
         build(base)
         fresh(base)
-        for script in (TRAIN, PREPARE):                                   # what is used first is slow, but here
+        for script in (TRAIN, PREPARE):  # what is used first is slow, but here
             sys.argv = script
             with open("warm", "w") as out, contextlib.redirect_stdout(out):
                 SCRIPTS[script[0]]()
@@ -271,7 +327,10 @@ def main():
         note("two runs of train.py", two_runs(base, TRAIN, "run", wanted["run"]))
         note("two runs of prepare_flickr8k.py", two_runs(base, PREPARE, "set", wanted["set"]))
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-            for script, kill, final in (("train.py", kill_train, "run"), ("prepare_flickr8k.py", kill_prepare, "set")):
+            for script, kill, final in (
+                ("train.py", kill_train, "run"),
+                ("prepare_flickr8k.py", kill_prepare, "set"),
+            ):
                 for _ in range(args.kills):
                     note(f"{script} {number.name}", kill(base, number, seconds[final], wanted[final]))
                     shutil.rmtree(os.getcwd())

@@ -35,8 +35,28 @@ from model import VisionGPT, VisionGPTConfig  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import TrainConfig, TrainState  # noqa: E402
 
-INTERESTING = [b"", b"\0", b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"-1", b"1e999", b"null", b"NaN", b"[[[[", b'"',
-               b"{", b"}", b"\n", b"\r\n", b",", b"\xed\xa0\x80", b"999999999999999999999", b"0", b"true"]
+INTERESTING = [
+    b"",
+    b"\0",
+    b"\xff" * 4,
+    b"\x7f\xff\xff\xff",
+    b"\x80\0\0\0",
+    b"-1",
+    b"1e999",
+    b"null",
+    b"NaN",
+    b"[[[[",
+    b'"',
+    b"{",
+    b"}",
+    b"\n",
+    b"\r\n",
+    b",",
+    b"\xed\xa0\x80",
+    b"999999999999999999999",
+    b"0",
+    b"true",
+]
 
 
 def mutate(content, rng):
@@ -73,6 +93,7 @@ class Readers:
         from test_convert_weights import FIXTURES
         from test_data import make_set
         from test_model import captioner
+
         self.folder = folder
         make_set(folder / "data", images=7, size=8, longest=4)
         model = captioner(n_positions=40)
@@ -84,7 +105,9 @@ class Readers:
         optimizer = torch.optim.AdamW(named.values())
         named["latents"].grad = torch.ones_like(named["latents"])
         optimizer.step()
-        state = TrainState(named, optimizer, torch.amp.GradScaler("cpu", enabled=False), {"captions": "0"}, 3, 2.0)
+        state = TrainState(
+            named, optimizer, torch.amp.GradScaler("cpu", enabled=False), {"captions": "0"}, 3, 2.0
+        )
         state.save(folder / "run", cfg)
         objects = [dict(size="small", colour="red", shape="star", x=0.5, y=0.5)]
         zipped = io.BytesIO()
@@ -95,52 +118,98 @@ class Readers:
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), script)
         texts = {
             "captions.csv": b'image,caption,split\na.png,"a dog, ""big""",train\nb.png,a cat,dev\n',
-            "rows.jsonl": b'{"image": "a.png", "caption": ["a dog", "b"], "split": "train"}\n{"image": "b.png"}\n',
+            "rows.jsonl": b'{"image": "a.png", "caption": ["a dog", "b"], "split": "val"}\n{"image": "b.png"}\n',
             "list.json": b'[{"file_name": "a.png", "captions": ["x", "y"]}, {"image": "b.png", "text": "z"}]',
-            "captions_coco.json": b'{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, '
-                                  b'"caption": "a dog"}]}',
-            "dataset_flickr8k.json": b'{"images": [{"filename": "a.png", "split": "val", "sentences": [{"raw": "a"}]}]}',
-            "flickr8k.token.txt": b"a.png#0\ta dog\nb.png#1\ta cat\n"}
+            "captions_coco.json": b'{"images": [{"id": 1, "file_name": "a.png"}], '
+            b'"annotations": [{"image_id": 1, "caption": "a dog"}]}',
+            "dataset_flickr8k.json": b'{"images": [{"filename": "a.png", "split": "val", '
+            b'"sentences": [{"raw": "a"}]}]}',
+            "flickr8k.token.txt": b"a.png#0\ta dog\nb.png#1\ta cat\n",
+        }
         read = {
             "meta": (["data/meta.json"], lambda f: read_meta(f.parent)),
             "captions": (["data/captions.json"], lambda f: CaptionSet(str(f.parent))),
             "index": (["data/index.npz"], lambda f: CaptionSet(str(f.parent))),
             "tokenizer": (["data/tokenizer.json"], lambda f: Tokenizer.load(f.parent).encode("a dog runs")),
             "config": (["complete/config.json"], lambda f: VisionGPT.from_pretrained(f.parent, "cpu")),
-            "safetensors": (["complete/model.safetensors"], lambda f: VisionGPT.from_pretrained(f.parent, "cpu")),
-            "module": (["vit.safetensors"], lambda f: (checkpoint.read_metadata(f), checkpoint.read_tensors(f))),
+            "safetensors": (
+                ["complete/model.safetensors"],
+                lambda f: VisionGPT.from_pretrained(f.parent, "cpu"),
+            ),
+            "module": (
+                ["vit.safetensors"],
+                lambda f: (checkpoint.read_metadata(f), checkpoint.read_tensors(f)),
+            ),
             "state": (["run/training_state.pt"], lambda f: self.resume(f, state)),
         }
-        self.readers = {name: ([(folder / file).read_bytes() for file in files], folder / files[0], reader)
-                        for name, (files, reader) in read.items()}
+        self.readers = {
+            name: ([(folder / file).read_bytes() for file in files], folder / files[0], reader)
+            for name, (files, reader) in read.items()
+        }
         add = self.readers.__setitem__
         for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
             if form in images.FORMATS:
-                add(form.lower(), ([picture(form), picture(form, (3, 2))], folder / f"x.{form.lower()}",
-                                   images.load_image))
+                add(
+                    form.lower(),
+                    ([picture(form), picture(form, (3, 2))], folder / f"x.{form.lower()}", images.load_image),
+                )
         for name, text in texts.items():
             add(name, ([text], folder / "texts" / name, lambda f: self.captions(f)))
         (folder / "texts").mkdir()
         add("zip", ([zipped.getvalue()], folder / "x.zip", self.archive))
-        add("log", ([b'{"step": 1, "loss": 2.0}\n{"step": 2, "val_loss": 1.0}\n'], folder / "run/log.jsonl",
-                    lambda f: runs.Log(f, 9, cfg).file.close()))
-        add("scenes", ([json.dumps(dict(objects=objects)).encode()], folder / "data/scenes.jsonl",
-                       lambda f: scenes.read_scenes(str(f.parent), 1)))
-        add("predictions", ([b'[{"image": "6.jpg", "caption": "a dog"}]'], folder / "predictions.json",
-                            lambda f: evaluate.read_predictions(evaluate.EvaluateConfig(
-                                predictions=str(f), data=str(folder / "data")))))
-        for name, content in {"npz": (FIXTURES / "google.npz").read_bytes(), "script": script.getvalue(),
-                              "pth": (FIXTURES / "timm.pth").read_bytes()}.items():
+        add(
+            "log",
+            (
+                [b'{"step": 1, "loss": 2.0}\n{"step": 2, "val_loss": 1.0}\n'],
+                folder / "run/log.jsonl",
+                lambda f: runs.Log(f, 9, cfg).file.close(),
+            ),
+        )
+        add(
+            "scenes",
+            (
+                [json.dumps(dict(arrangement="in the middle", objects=objects)).encode()],
+                folder / "data/scenes.jsonl",
+                lambda f: scenes.read_scenes(str(f.parent), 1),
+            ),
+        )
+        add(
+            "predictions",
+            (
+                [b'[{"image": "6.jpg", "caption": "a dog"}]'],
+                folder / "predictions.json",
+                lambda f: evaluate.read_predictions(
+                    evaluate.EvaluateConfig(predictions=str(f), data=str(folder / "data"))
+                ),
+            ),
+        )
+        for name, content in {
+            "npz": (FIXTURES / "google.npz").read_bytes(),
+            "script": script.getvalue(),
+            "pth": (FIXTURES / "timm.pth").read_bytes(),
+        }.items():
             add(name, ([content], folder / f"source.{name}", weight_formats.read_weights))
         tensorflow = folder / "tensorflow"
         tensorflow.mkdir()
         for file in (FIXTURES / "tensorflow").iterdir():
             (tensorflow / file.name).write_bytes(file.read_bytes())
-        add("tensorflow", ([(tensorflow / "model.ckpt.index").read_bytes()], tensorflow / "model.ckpt.index",
-                           weight_formats.read_weights))
+        add(
+            "tensorflow",
+            (
+                [(tensorflow / "model.ckpt.index").read_bytes()],
+                tensorflow / "model.ckpt.index",
+                weight_formats.read_weights,
+            ),
+        )
         for kind in (VisionGPTConfig, TrainConfig):
-            add(kind.__name__, ([json.dumps(records.dataclasses.asdict(kind())).encode()], folder / "x.json",
-                                lambda f, kind=kind: records.read_json(kind, f, foreign=True)))
+            add(
+                kind.__name__,
+                (
+                    [json.dumps(records.dataclasses.asdict(kind())).encode()],
+                    folder / "x.json",
+                    lambda f, kind=kind: records.read_json(kind, f, foreign=True),
+                ),
+            )
 
     def resume(self, file, state):
         saved = state.read(file)
@@ -160,7 +229,11 @@ class Readers:
         seeds, file, reader = self.readers[name]
         file.write_bytes(content)
         began = time.monotonic()
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+        with (
+            open(os.devnull, "w") as quiet,
+            contextlib.redirect_stderr(quiet),
+            contextlib.redirect_stdout(quiet),
+        ):
             try:
                 reader(file)
             except UserError as error:
@@ -168,16 +241,18 @@ class Readers:
                     return f"an error of several lines: {str(error)!r}"
             except (KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException:                    # tiktoken's panics are none of Exception
+            except BaseException:  # tiktoken's panics are none of Exception
                 return traceback.format_exc()[-1500:]
             finally:
-                file.write_bytes(seeds[0])           # whole again, for the others
+                file.write_bytes(seeds[0])  # whole again, for the others
         if time.monotonic() - began > 10:
             return f"it took {time.monotonic() - began:.0f} s"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--only", default="")
     parser.add_argument("--seed", type=int, default=time.time_ns())

@@ -3,7 +3,7 @@
 import bad_input
 import pytest
 
-CASES = 60                             # of each group, spread evenly over it
+CASES = 60  # of each group, spread evenly over it
 
 
 @pytest.fixture(scope="module")
