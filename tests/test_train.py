@@ -326,6 +326,8 @@ def test_a_killed_run_goes_on_from_its_last_save(unbroken, tmp_path):
             flags += [f"--{field.name}"] if value is True else [f"--{field.name}={value}"]
     code = ("import io, os, runpy, sys\n"
             "class Out(io.StringIO):\n"
+            "    def reconfigure(self, **_):\n"
+            "        pass\n"
             "    def write(self, text):\n"
             "        os.kill(os.getpid(), 9) if 'step 6/' in text else None\n"
             f"sys.stdout, sys.argv = Out(), ['train.py'] + {flags}\n"
