@@ -78,6 +78,7 @@ def serve():
         importlib.import_module(name)
     download = sys.modules["lib.download"]
     download.PAUSE, download.TIMEOUT = 0.01, 2.0
+    sys.modules["lib.picture_sources"].DEADLINE = 2.0
     requests, answers = sys.stdin, os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with open(f"{sys.argv[2]}/build", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
