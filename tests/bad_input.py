@@ -397,6 +397,7 @@ ACCEPTED = {
     "mean.0": {"negative", "fraction"}, "std.0": {"fraction"}, "eps": {"fraction?"}, "cross_attention.0": {"gone"},
     "resize": {"text", "negative", "gone"}, "crop": {"text", "negative", "gone"},
     "filter": {"text", "negative", "gone"}, "transform": {"object"}, "path": {"text"},
+    **{name: {"true"} for name in ("final_norm", "clean_captions", "scale_attn_weights")},
     **{f"training.{name}": {f"{label}?" for label in VALUES} for name in
        ("step", "val_loss", "val_loss_shuffled", "preset", "data", "photographs", "blind", "source", "note")},
 }
