@@ -192,8 +192,16 @@ def read_config(folder: str | Path) -> dict:
     return config
 
 
-def find_checkpoint() -> Path:
-    """If none is named: the newest under out/ trained on photographs, the published model, assets/mini."""
+def find_checkpoint(name: str | Path | None = None) -> Path:
+    """The folder of that name, or of the hub's repository, which is downloaded.
+
+    If none is named: the newest under out/ trained on photographs, the published model, assets/mini.
+    """
+    if name and os.path.exists(name):
+        return Path(name)
+    if name:
+        from lib.hub import local_or_hub                             # urllib takes a while to import
+        return local_or_hub(name)
     trained = []
     for file in Path("out").glob("*/config.json"):
         try:
