@@ -200,7 +200,7 @@ def find_checkpoint(name: str | Path | None = None) -> Path:
     if name and os.path.exists(name):
         return Path(name)
     if name:
-        from lib.hub import local_or_hub                             # urllib takes a while to import
+        from lib.hub import local_or_hub  # urllib takes a while to import
         return local_or_hub(name)
     trained = []
     for file in Path("out").glob("*/config.json"):

@@ -187,11 +187,14 @@ def test_requests_to_wait_are_heeded(hub):
 
 
 def test_shards_by_name(hub):
-    import transformers
-    config = transformers.GPT2Config(n_embd=12, n_layer=2, n_head=3, n_positions=9, vocab_size=29)
-    transformers.GPT2LMHeadModel(config).save_pretrained(hub.root / "someone/gpt2", max_shard_size="5KB")
-    convert(ConvertConfig(gpt2="someone/gpt2"))
-    assert Path("weights/gpt2.safetensors").exists()
+    folder = hub.root / "someone/vit"
+    state = torch.load(folder / "pytorch_model.bin")
+    shards = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(state)}
+    for shard in set(shards.values()):
+        save(folder / shard, {name: tensor for name, tensor in state.items() if shards[name] == shard})
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(dict(weight_map=shards)))
+    (folder / "pytorch_model.bin").unlink()
+    convert_vit()
 
 
 def test_published_model_by_name(hub):
