@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -97,6 +98,9 @@ def set_folder(out: str) -> Iterator[None]:
                         "set: name another folder with --out, or move the file away")
     with open(unfinished, "w") as file:
         cli.lock(file, f"another run is writing {out}; wait for it, or name another folder with --out")
+        for name in SET_FILES:
+            for rest in Path(out).glob(f"{name}.*.tmp"):         # of a run that was killed
+                rest.unlink()
         try:
             yield
         finally:

@@ -143,10 +143,10 @@ class Tokenizer:
 
 
 def pack_captions(captions_of: list[list], eos_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The captions of each image, lists of tokens, one after another in its row -> (B, T) each of
+    """Put the captions of each image, lists of tokens, into one row: tokens, targets, positions, each (B, T).
 
-    tokens, each caption after a start token; targets, the next token of each, -100 where there is none;
-    positions, from 0 in each caption. Padding looks like captions of a start token alone.
+    A start token precedes each caption. The target is the next token, or -100 if there is none; positions
+    restart at 0 with each caption. Padding looks like captions that have only a start token.
     """
     T = max((sum(len(caption) + 1 for caption in captions) for captions in captions_of), default=1)
     tokens = np.full((len(captions_of), T), eos_id, dtype=np.int64)
@@ -185,4 +185,4 @@ def _read_ranks(file):
                 ranks[bytes(byte_of[c] for c in first + second)] = len(ranks)
         return ranks
     except (ValueError, KeyError):
-        raise UserError(f"{file} is no merges.txt, vocab.bpe or .tiktoken file of GPT-2") from None
+        raise UserError(f"{file} is not a merges.txt, vocab.bpe or .tiktoken file of GPT-2") from None

@@ -19,8 +19,8 @@ from PIL import Image
 from lib import records
 from lib.cli import UserError, printable
 
-# What is read from others, and how much of it. Pillow takes up to 16 bytes a pixel, so all pictures that are
-# being decoded at the same time take 1 GB at most.
+# What is read from others, and how much of it. Decoding takes up to 17 bytes a pixel, so all the pictures that
+# are being decoded at the same time take 1.1 GB at most.
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]     # with MPO; not PostScript, which is a program
 FORMATS += ["AVIF"] * bool(importlib.util.find_spec("PIL.AvifImagePlugin"))         # Pillow has it since 11.3
 SUFFIXES = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -36,6 +36,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")      # one line a picture: th
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 with contextlib.suppress(OSError, AttributeError):      # of libtiff, unless it is a part of Pillow's own file
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+Image.core.set_block_size(256 << 20)                    # so large that freed pictures go back to the system
 
 _decoding, _turn = 0, threading.Condition()             # pixels
 
@@ -47,11 +48,18 @@ def load_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
     """
     name = f" {printable(os.fspath(source))}" if isinstance(source, (str, os.PathLike)) else ""
     try:
-        if isinstance(source, Image.Image):
-            return to_rgb(source)
-        file = io.BytesIO(records.read_bytes(source, MAX_IMAGE_BYTES)) if name else source
-        with Image.open(file, formats=FORMATS) as image, memory_for(image):
-            return to_rgb(image)
+        image = source
+        if not isinstance(source, Image.Image):
+            file = io.BytesIO(records.read_bytes(source, MAX_IMAGE_BYTES)) if name else source
+            image = Image.open(file, formats=FORMATS)
+        with memory(shrink_jpeg(image)):
+            image = upright(image)                            # what was `image` is freed each time
+            if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+                image = to_8_bits(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except UserError:
         raise
     except Image.UnidentifiedImageError:
@@ -61,10 +69,8 @@ def load_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
     raise UserError(f"cannot read the picture{name}: {reason}")
 
 
-@contextlib.contextmanager
-def memory_for(image: Image.Image):
-    """Wait until a picture that is about to be decoded fits into memory beside those of other threads."""
-    global _decoding
+def shrink_jpeg(image: Image.Image) -> int:
+    """Have a huge JPEG decoded at a fraction of its size; returns for how many pixels memory is needed."""
     width, height = image.size
     shrink = math.ceil(math.sqrt(width * height / EXACT_PIXELS))
     if image.format in ("JPEG", "MPO") and shrink > 1:
@@ -72,7 +78,13 @@ def memory_for(image: Image.Image):
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ValueError(f"it has {pixels // 10**6} megapixels; the limit is {MAX_PIXELS // 10**6}")
-    pixels = min(max(pixels, width * height // 3), MAX_PIXELS)        # a progressive JPEG is kept whole
+    return min(max(pixels, width * height // 3), MAX_PIXELS)          # a progressive JPEG is held whole
+
+
+@contextlib.contextmanager
+def memory(pixels: int):
+    """Wait until so many pixels can be decoded beside those of other threads."""
+    global _decoding
     with _turn:
         _turn.wait_for(lambda: _decoding + pixels <= MAX_PIXELS)
         _decoding += pixels
@@ -84,26 +96,27 @@ def memory_for(image: Image.Image):
             _turn.notify_all()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The picture, decoded, as it should be looked at."""
     try:
-        image.load()                                          # reads the first frame
+        image.load()
     except (TypeError, IndexError, struct.error) as error:    # its numbers make no sense to Pillow
         raise ValueError(f"damaged ({error})") from None
     orientation = None
     with contextlib.suppress(*DAMAGE, TypeError, LookupError, struct.error):     # of its Exif data alone
         orientation = image.getexif().get(0x0112)
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):   # Pillow's convert() would clip them
-        levels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0)
-        top = levels.max(initial=0)
-        if image.mode != "F" or not 0 < top <= 1:             # floats may range from 0 to 1
-            top = 255 if top <= 255 else max(65535, top)
-        image = Image.fromarray((levels.clip(0) / top * 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Integers of more bits, which Pillow's convert() would clip, or floats, which may range from 0 to 1."""
+    levels = np.nan_to_num(np.array(image, dtype=np.float32), copy=False, posinf=0).clip(0)
+    top = levels.max(initial=0)
+    if image.mode != "F" or not 0 < top <= 1:
+        top = 255 if top <= 255 else max(65535, top)
+    levels /= top
+    levels *= 255
+    return Image.fromarray(levels.round(out=levels).astype(np.uint8))
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:

@@ -14,7 +14,7 @@ import torch
 from lib import cli, records
 from lib.cli import UserError
 
-# what is worth keeping of a run, so that a new one must not find it, and what else it writes
+# files that a new run must not overwrite silently, and what else it writes
 RUN_FILES = ("training_state.pt", "config.json", "fusion.safetensors", "model.safetensors")
 ALL_FILES = (*RUN_FILES, "tokenizer.json", "log.jsonl", "loss.png", "samples.png")
 
@@ -88,7 +88,7 @@ class Log:
 
 @contextlib.contextmanager
 def stop_signal():
-    """Within it, Ctrl-C and SIGTERM only fill the list it gives, so that the step is finished and saved.
+    """Within it, Ctrl-C and SIGTERM only fill the list it gives: the step is finished and saved first.
 
     A second one stops at once.
     """

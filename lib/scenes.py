@@ -7,6 +7,7 @@ picture, from the top left) of its one to three objects count here.
 import itertools
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lib import records
 from lib.cli import UserError
@@ -34,6 +35,7 @@ class Thing:
 
 @dataclass
 class Scene:
+    arrangement: Literal[ROW, COLUMN, *PLACES]
     objects: list[Thing]
 
     def __post_init__(self):
@@ -50,7 +52,7 @@ def read_scenes(folder: str, count: int) -> list[dict] | None:
         return None
     if len(lines) != count:
         raise UserError(f"{file} has {len(lines)} lines for {count} images; prepare the set again")
-    return [asdict(records.parse_json(Scene, line, f"{file} line {number}", foreign=True))
+    return [asdict(records.parse_json(Scene, line, f"{file} line {number}"))
             for number, line in enumerate(lines, 1)]
 
 

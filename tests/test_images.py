@@ -130,14 +130,14 @@ def test_pictures_decoded_at_once_stay_within_the_limit(monkeypatch):
     Image.new("RGB", (8, 8)).save(stream, "PNG")
     monkeypatch.setattr(images, "MAX_PIXELS", 2 * 64)
 
-    def to_rgb(image):
+    def upright(image):
         nonlocal largest
         with together:
             largest = max(largest, images._decoding)
         time.sleep(0.002)
         return image
 
-    monkeypatch.setattr(images, "to_rgb", to_rgb)
+    monkeypatch.setattr(images, "upright", upright)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: load_image(io.BytesIO(stream.getvalue())), range(32)))
     assert 64 <= largest <= 2 * 64 and images._decoding == 0

@@ -510,6 +510,7 @@ def test_run_that_was_killed_is_begun_again_and_two_at_once_are_refused(given_se
         with pytest.raises(UserError, match="another run is writing"):
             prepare(given_set, BYTES)
         raise KeyboardInterrupt                                     # and so is half of a set left
+    write(Path(given_set.out) / "tokens.bin.123.tmp", "begun")
     prepare(given_set, BYTES)
     assert len(data.CaptionSet(given_set.out).images) == 5 and len(os.listdir(given_set.out)) == 6
 
