@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lib import records
 from lib.cli import UserError, atomic
+from lib.hub import local_or_hub
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 65504                    # float16 holds no more; the weights of a sound model stay far below
@@ -197,10 +198,7 @@ def find_checkpoint(name: str | Path | None = None) -> Path:
 
     If none is named: the newest under out/ trained on photographs, the published model, assets/mini.
     """
-    if name and os.path.exists(name):
-        return Path(name)
     if name:
-        from lib.hub import local_or_hub  # urllib takes a while to import
         return local_or_hub(name)
     trained = []
     for file in Path("out").glob("*/config.json"):
