@@ -191,7 +191,7 @@ def main(args: list[str] | None = None) -> int:
         raise UserError("name a picture, as in python sample.py dog.jpg; see --help")
     sources, missing = find_pictures(config.images or [os.path.relpath(EXAMPLES)])
     folder = config.checkpoint or checkpoint.find_checkpoint()
-    cli.check_outputs(config, texts=["json", "csv"], pictures=["save", "attention"],
+    cli.check_outputs(config, "json", "csv", pictures=["save", "attention"],
                       inputs=[*sources, Path(folder, "config.json"), Path(folder, "tokenizer.json")])
     if not sources:
         raise UserError("; ".join(missing))

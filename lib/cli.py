@@ -9,11 +9,9 @@ import math
 import os
 import re
 import sys
-import threading
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import IO
 
@@ -155,23 +153,10 @@ def out_of_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if type(error) is MemoryError or re.search("out of memory|can't allocate memory", str(error)):
+        signs = "out of memory|can't allocate memory|ALLOC_FAILED"
+        if type(error) is MemoryError or re.search(signs, str(error)):
             raise UserError(f"out of memory: {advice}") from None
         raise
-
-
-def within(seconds: float, work: Callable, *args):
-    """work(*args), or TimeoutError after so many seconds: its thread is left to end with the program."""
-    result = Future()
-
-    def call():
-        try:
-            result.set_result(work(*args))
-        except BaseException as error:           # raised again below
-            result.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return result.result(seconds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,8 +212,8 @@ def write_text(path: str, text: str) -> None:
         Path(temporary).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def check_outputs(config, texts: list[str], pictures: list[str] = (), inputs: Iterable = ()) -> None:
-    """Check the files that fields of `config` name for texts and pictures, before any work.
+def check_outputs(config, *texts: str, pictures: Iterable[str] = (), inputs: Iterable = ()) -> None:
+    """Check the files that these fields of `config` name for texts and for pictures, before any work.
 
     Raises UserError if one cannot be written, if two are the same, if one is an input, however it is spelled,
     or if a text would replace something that is not text.

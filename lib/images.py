@@ -36,6 +36,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")      # one line a picture: th
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 with contextlib.suppress(OSError, AttributeError):      # of libtiff, unless it is a part of Pillow's own file
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+Image.core.set_block_size(256 << 20)                    # so large that freed pictures go back to the system
 
 _decoding, _turn = 0, threading.Condition()             # pixels
 

@@ -11,7 +11,8 @@ import urllib.request
 
 from PIL import Image
 
-from lib.cli import UserError, within
+from lib.cli import UserError
+from lib.download import with_deadline
 from lib.images import MAX_IMAGE_BYTES, SUFFIXES, load_image
 
 MAX_URL_BYTES = 32 << 20               # less than of a file, as many are read at once
@@ -27,7 +28,7 @@ def find_pictures(args: list[str]) -> tuple[list[str], list[str]]:
             continue
         pattern = os.path.join(glob.escape(arg), "*") if os.path.isdir(arg) else arg
         try:
-            names = within(DEADLINE, list_pictures, pattern)
+            names = with_deadline(DEADLINE, list_pictures, pattern)
         except TimeoutError:
             raise UserError(f"{arg} takes over {DEADLINE} s to search: name a folder further down") from None
         found += names
@@ -67,11 +68,11 @@ def read_stream(source: str) -> io.BytesIO:
     stdin = source == "-"
     limit = MAX_IMAGE_BYTES if stdin else MAX_URL_BYTES
     try:
-        content = sys.stdin.buffer.read(limit + 1) if stdin else within(DEADLINE, download, source)
+        content = sys.stdin.buffer.read(limit + 1) if stdin else with_deadline(DEADLINE, download, source)
         if not 0 < len(content) <= limit:
             raise UserError(f"it has more than {limit >> 20} MB" if content else "it is empty")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"cannot read the picture: {str(error) or f'it takes over {DEADLINE} s'}") from None
+        raise UserError(f"cannot read the picture: {error}") from None
     return io.BytesIO(content)
 
 

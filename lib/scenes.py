@@ -1,11 +1,12 @@
 """What may be said of a drawn scene: every true sentence of a small grammar, and whether a caption is one.
 
-A scene is a line of scenes.jsonl as a dict; x and y of its one to three objects are those of the centre, in
-fractions of the picture from the top left.
+A scene is a dict, a line of scenes.jsonl; only size, colour, shape and centre (x, y in fractions of the
+picture, from the top left) of its one to three objects count here.
 """
 
-import dataclasses
 import itertools
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from lib import records
@@ -23,32 +24,36 @@ NUMBERS = [None, "one shape", "two shapes", "three shapes"]
 VERBS = ["there is", "we see"]
 
 
-@dataclasses.dataclass
+@dataclass
 class Thing:
     size: str
     colour: str
     shape: str
-    x: float = dataclasses.field(metadata=dict(min=0, max=0.9999))
-    y: float = dataclasses.field(metadata=dict(min=0, max=0.9999))
+    x: float = field(metadata=dict(min=0, max=0.9999))
+    y: float = field(metadata=dict(min=0, max=0.9999))
 
 
-@dataclasses.dataclass
+@dataclass
 class Scene:
     arrangement: Literal[ROW, COLUMN, *PLACES]
     objects: list[Thing]
 
     def __post_init__(self):
         if not 1 <= len(self.objects) <= 3:
-            raise UserError(f"a scene has {len(self.objects)} objects, but must have one to three")
+            raise UserError(f"a scene has one to three objects, not {len(self.objects)}")
 
 
-def read_scenes(file: str, number: int) -> list[dict]:
-    """The scenes of a scenes.jsonl, of which there must be `number`. Raises UserError for a damaged file."""
-    lines = records.read_bytes(file).splitlines()
-    if len(lines) != number:
-        raise UserError(f"{file} has {len(lines):,} lines for {number:,} images; prepare the set again")
-    return [dataclasses.asdict(records.parse_json(Scene, line, f"{file} line {i}"))
-            for i, line in enumerate(lines, 1)]
+def read_scenes(folder: str, count: int) -> list[dict] | None:
+    """The scenes of a prepared set of `count` images; None where it has none. Raises UserError for damage."""
+    file = Path(folder, "scenes.jsonl")
+    try:
+        lines = records.read_bytes(file).splitlines()
+    except FileNotFoundError:
+        return None
+    if len(lines) != count:
+        raise UserError(f"{file} has {len(lines)} lines for {count} images; prepare the set again")
+    return [asdict(records.parse_json(Scene, line, f"{file} line {number}"))
+            for number, line in enumerate(lines, 1)]
 
 
 def place(o: dict) -> str:

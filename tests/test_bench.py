@@ -171,7 +171,7 @@ def test_json_is_all_that_goes_to_stdout(capsys):
 
 
 def test_flags_are_checked_before_anything_is_measured(tmp_path, capsys):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="cannot be written"):
         bench.main(["--json", str(tmp_path / "no/where.json")])
     with pytest.raises(SystemExit):
         bench.main(["--only", "captoin"])

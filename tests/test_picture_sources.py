@@ -141,7 +141,7 @@ def test_a_server_that_drips_is_given_up(server, monkeypatch, head, often):
 
     monkeypatch.setattr(picture_sources, "DEADLINE", 0.5)
     start = time.monotonic()
-    with pytest.raises(UserError, match="takes over 0.5 s"):
+    with pytest.raises(UserError, match="no answer within"):
         load_source(server(drip))
     assert time.monotonic() - start < 3
 

@@ -4,9 +4,11 @@ import importlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,9 +23,18 @@ COMMANDS = sorted({part.split("#")[0].strip() for lines in [*BLOCKS, *INLINE] fo
 SCRIPTS = [c for c in COMMANDS if c.startswith("python ") and "-m pytest" not in c]
 
 
-def run(arguments, folder):
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """Run a script in a folder as if from the shell, in this process, which has imported torch before."""
+    def run(arguments, folder):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(arguments[0], run_name="__main__")
+        out, err = capfd.readouterr()
+        return SimpleNamespace(returncode=ended.value.code or 0, stdout=out, stderr=err)
+    return run
 
 
 def test_readme_names_only_known_programs():
@@ -46,21 +57,22 @@ def test_readme_command_has_flags_and_values_that_exist(command):
 
 
 @pytest.mark.parametrize("script", SETTINGS)
-def test_readme_script_explains_itself(script):
+def test_readme_script_explains_itself(run, script):
     done = run([script, "--help"], ROOT)
     assert done.returncode == 0 and f"python {script}" in done.stdout, done.stderr
 
 
 def test_readme_first_command_captions_the_examples(tmp_path):
     """From any folder: the model and the pictures come with the project."""
-    done = run([str(ROOT / "sample.py")], tmp_path)
+    done = subprocess.run([sys.executable, ROOT / "sample.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0 and "assets/mini" in done.stderr, done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert len(rows) == 4 and all(len(caption.split()) > 3 for _, caption in rows)
     assert len({caption for _, caption in rows}) > 2
 
 
-def test_readme_shapes_run_trains_and_captions(tmp_path):
+def test_readme_shapes_run_trains_and_captions(run, tmp_path):
     """The command that works out of the box, three steps of it, and then a caption from what it wrote."""
     (command,) = [c for c in SCRIPTS if "--preset shapes" in c]
     data = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
@@ -74,7 +86,7 @@ def test_readme_shapes_run_trains_and_captions(tmp_path):
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
 
 
-def test_readme_own_pictures_scores_and_stand_alone_model(tmp_path):
+def test_readme_own_pictures_scores_and_stand_alone_model(run, tmp_path):
     """The commands on one's own pictures, the scores and the stand-alone model, begun from a tiny model."""
     from PIL import Image
 

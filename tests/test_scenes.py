@@ -130,7 +130,7 @@ def test_read_scenes_gives_scenes_that_can_be_judged_or_one_line(tmp_path_factor
     good = shapes.random_scene(random.Random(0))
     file.write_text(json.dumps(good) + "\n" + json.dumps(line))
     try:
-        scenes = read_scenes(file, 2)
+        scenes = read_scenes(file.parent, 2)
     except UserError as error:
         assert "scenes.jsonl line 2" in str(error)
     else:
@@ -138,6 +138,6 @@ def test_read_scenes_gives_scenes_that_can_be_judged_or_one_line(tmp_path_factor
 
 
 def test_read_scenes_counts_the_lines(tmp_path):
-    (tmp_path / "s").write_text(json.dumps(shapes.random_scene(random.Random(0))) + "\n")
+    (tmp_path / "scenes.jsonl").write_text(json.dumps(shapes.random_scene(random.Random(0))) + "\n")
     with pytest.raises(UserError, match="1 lines for 2 images"):
-        read_scenes(tmp_path / "s", 2)
+        read_scenes(tmp_path, 2)
