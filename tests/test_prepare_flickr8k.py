@@ -220,6 +220,10 @@ def test_parquet_of_the_hub(tmp_path):
     assert splits_of(by_name) == OFFICIAL_SPLITS and origin == "the file names" and not skipped
     assert by_name["2.jpg"].texts == [f"2.jpg {k}" for k in range(5)]
     check_colours(by_name)
+    for content in (b"", b"PAR1" * 9, file.read_bytes()[:-40], file.read_bytes()[40:]):
+        write(tmp_path / "c" / "cut.parquet", "").write_bytes(content)
+        with pytest.raises(UserError, match="not a complete parquet file"):
+            gather(tmp_path / "c")
 
 
 # --------------------------------------------------------------------------------------------------
