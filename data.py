@@ -3,20 +3,21 @@
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 
 import fast
-from lib import checkpoint, cli
+from lib import checkpoint, cli, records
 from lib.cli import UserError
 from lib.images import normalize, resize
 from tokenizer import Tokenizer, pack_captions
@@ -25,12 +26,82 @@ from tokenizer import Tokenizer, pack_captions
 # writing a prepared set
 
 FORMAT_VERSION = 1
+SET_FILES = ("images.bin", "tokens.bin", "index.npz", "captions.json", "tokenizer.json", "scenes.jsonl",
+             "meta.json")
 
 
 def clean_caption(text):
     """A caption as people write it: corpora put spaces before punctuation and clitics and after brackets."""
     text = re.sub(r" +(?=[.,!?;:)]+( |$))", "", " ".join(text.split()))
     return re.sub(r" +(?=(n't|'(s|re|ve|ll|d|m))\b)", "", text).replace("( ", "(")
+
+
+@dataclass
+class Splits:
+    train: list[int]
+    val: list[int]
+    test: list[int]
+
+
+@dataclass
+class Preprocessing:
+    image_size: int = field(metadata=dict(min=1, max=4096))
+    clean_captions: bool
+
+
+@dataclass
+class SetMeta:
+    """meta.json; `source` and `counts` say what the set was made from."""
+
+    format_version: int = field(metadata=dict(min=1))
+    images: list[str]
+    image_ids: list[int] | list[str]
+    splits: Splits
+    preprocessing: Preprocessing
+    source: str | None = field(default=None, metadata=dict(optional=True))
+    counts: dict[str, int] = field(default_factory=dict, metadata=dict(optional=True))
+
+
+def read_meta(folder: str) -> SetMeta:
+    """meta.json of a prepared set. Raises UserError, or FileNotFoundError where there is none."""
+    file = os.path.join(folder, "meta.json")
+    content = records.read_json(dict, file)
+    if isinstance(version := content.get("format_version"), int) and version > FORMAT_VERSION:
+        raise UserError(f"{folder} is of a newer format than this code knows; update the code, or "
+                        "prepare it again")
+    return records.convert(SetMeta, content, file)
+
+
+def set_origin(folder: str) -> SetMeta | None:
+    """meta.json of the set in a folder; None if there is no complete set."""
+    with contextlib.suppress(UserError, OSError):
+        return read_meta(folder)
+
+
+@contextlib.contextmanager
+def set_folder(out: str) -> Iterator[None]:
+    """Make `out` the folder of a set that is written within the context.
+
+    Raises UserError if it holds files that would be replaced and are not of a set, or another run writes it.
+    """
+    try:
+        os.makedirs(out, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{out} is a file; name a folder with --out") from None
+    def present():
+        return [name for name in SET_FILES if os.path.lexists(os.path.join(out, name))]
+
+    unfinished = os.path.join(out, ".unfinished")                # says whose a set without meta.json is: ours
+    if present() and not os.path.exists(unfinished) and not set_origin(out):
+        raise UserError(f"{out} holds a file {present()[0]} that would be replaced but is not of a prepared "
+                        "set: name another folder with --out, or move the file away")
+    with open(unfinished, "w") as file:
+        cli.lock(file, f"another run is writing {out}; wait for it, or name another folder with --out")
+        try:
+            yield
+        finally:
+            if not present() or "meta.json" in present():
+                os.remove(unfinished)
 
 
 def write_images(out, pictures, image_size):
@@ -106,28 +177,23 @@ class CaptionSet:
 
     def __init__(self, folder, tokenizer=None):
         self.folder = folder
-        meta = self._read("meta.json")
-        if meta["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{folder} is of a newer format than this code knows; update the code, or "
-                            "prepare it again")
-        self.names, self.image_ids = meta["images"], meta["image_ids"]
-        self.splits = {name: np.array(images, dtype=np.int64) for name, images in meta["splits"].items()}
-        self.preprocessing = meta["preprocessing"]
-        size = self.preprocessing["image_size"]
-        self.captions = self._read("captions.json")
-        try:
-            images = np.memmap(os.path.join(folder, "images.bin"), np.uint8, "r")
-            self.images = images.reshape(len(self.names), size, size, 3)
-            self.tokens = np.fromfile(os.path.join(folder, "tokens.bin"), np.uint16)
-            index = np.load(os.path.join(folder, "index.npz"))
-            self.offset, self.image_of = index["offset"], index["image"]
-            if not len(self.image_of) == len(self.captions) == len(self.offset) - 1 > 0:
-                raise ValueError("index.npz is not of captions.json")
-            if self.offset[-1] != len(self.tokens):
-                raise ValueError("index.npz is not of tokens.bin")
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder} is damaged ({error}); prepare it again") from None
-        own = Tokenizer.load(folder)
+        meta = self._need(read_meta, folder)
+        self.names, self.image_ids = meta.images, meta.image_ids
+        self.splits = {name: np.array(images, dtype=np.int64) for name, images in asdict(meta.splits).items()}
+        self.preprocessing, size = asdict(meta.preprocessing), meta.preprocessing.image_size
+        self.captions = self._need(records.read_json, list[str], os.path.join(folder, "captions.json"))
+        own, N = Tokenizer.load(folder), len(self.names)
+        self.images = self._read_array("images.bin", np.uint8, N * size * size * 3).reshape(N, size, size, 3)
+        self.offset, self.image_of = self._read_index()
+        self.tokens = np.array(self._read_array("tokens.bin", np.uint16, int(self.offset[-1])))
+        split = np.concatenate([*self.splits.values(), np.empty(0, np.int64)])
+        if len(np.unique(split)) < len(split) or not all(
+                ((named >= 0) & (named < N)).all() for named in (split, self.image_of)):
+            raise self._damaged("meta.json or index.npz names images that are not there, or one twice")
+        if len(self.image_ids) != N:
+            raise self._damaged("meta.json has another number of image_ids than of images")
+        if self.tokens.max() >= own.eos_id:
+            raise self._damaged("tokens.bin is not of tokenizer.json")
         self.tokenizer = tokenizer or own
         if self.tokenizer.ranks != own.ranks:                      # the model reads other tokens
             clean = self.preprocessing["clean_captions"]
@@ -137,15 +203,40 @@ class CaptionSet:
         bounds = np.searchsorted(self.image_of[order], np.arange(len(self.names) + 1))
         self.captions_of = [order[a:b] for a, b in zip(bounds, bounds[1:])]   # caption indices of each image
 
-    def _read(self, name):
+    def _need(self, read, *args):
+        """What a reader of a JSON file returns; where the file is missing, UserError with what to do."""
         try:
-            with open(os.path.join(self.folder, name)) as file:
-                return json.load(file)
+            return read(*args)
         except FileNotFoundError:
             raise UserError(f"{self.folder} is no prepared set: make one with python prepare_flickr8k.py (or "
                             f"prepare_shapes.py) and name its folder with --data") from None
-        except ValueError:
-            raise UserError(f"{self.folder}/{name} is damaged; prepare the set again") from None
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.folder} is damaged ({what}); prepare it again")
+
+    def _read_array(self, name: str, dtype: type, count: int) -> np.ndarray:
+        """A file of exactly `count` numbers, memory-mapped. Raises UserError if it is another."""
+        file, size = os.path.join(self.folder, name), count * np.dtype(dtype).itemsize
+        held = os.path.getsize(file) if os.path.isfile(file) else 0
+        if held != size or not size:
+            raise self._damaged(f"{name} has {held:,} bytes where {size:,} belong")
+        return np.memmap(file, dtype, "r")
+
+    def _read_index(self) -> tuple[np.ndarray, np.ndarray]:
+        """index.npz: where each caption's tokens begin and the last one's end, and the image of each."""
+        C = len(self.captions)
+        try:
+            file = io.BytesIO(records.read_bytes(os.path.join(self.folder, "index.npz"), 16 * C + 4096))
+            if any(member.compress_type for member in zipfile.ZipFile(file).infolist()):
+                raise ValueError("compressed")                       # which could be of any size
+            with np.load(file) as index:
+                offset, image = index["offset"], index["image"]
+        except Exception as error:                                   # numpy and zipfile raise many kinds
+            raise self._damaged(f"index.npz: {cli.printable(str(error))}") from None
+        found = offset.dtype, offset.shape, image.dtype, image.shape
+        if found != (np.int64, (C + 1,), np.int32, (C,)) or offset[0] or (offset[1:] < offset[:-1]).any():
+            raise self._damaged("index.npz is not of captions.json")
+        return offset, image
 
     def split(self, name):
         """Indices of a split's images that have captions. Raises UserError when there are none."""
@@ -204,18 +295,18 @@ def cached_features(vit, data, vit_hash, device, dtype, batch_size=32):
     """Patch tokens of a frozen ViT for all images, (N, patches, C) float16, from features-<hash>.bin.
 
     Computed once. The hash covers the ViT's weights and config, `dtype` and the content of images.bin; what
-    an interrupted run has done lies in *.partial and is gone on from. Raises UserError while another run
-    writes it.
+    an interrupted run has done lies in *.partial and is continued. At the end lie sums of each image's bytes,
+    of which some are compared, so that damage is noticed. Raises UserError while another run writes it.
     """
     config, N = vit.config, len(data.images)
     key = json.dumps([vit_hash, asdict(config), str(dtype), image_hash(data)])   # heads, eps are no weights
     file = os.path.join(data.folder, f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin")
-    partial, row = file + ".partial", config.n_patch * config.n_embd
-    if not os.path.exists(file):
+    partial, row = file + ".partial", 2 * config.n_patch * config.n_embd         # bytes of an image
+    if not is_whole(file, N, row):
         with open(partial, "ab") as out:
             cli.lock(out, f"another run is writing {partial}; wait for it")
-            done = out.tell() // (2 * row * batch_size)            # whole batches: they round as if unbroken
-            out.truncate(done * 2 * row * batch_size)
+            done = max(0, out.tell() // (row * batch_size) - 1)    # whole batches: they round as if unbroken
+            out.truncate(done * row * batch_size)
             starts = range(done * batch_size, N, batch_size)
             for start in cli.progress(starts, f"ViT features of {N} images: batch"):
                 pixels = read_pixels(data, np.arange(start, min(start + batch_size, N)), config.image_size)
@@ -225,8 +316,29 @@ def cached_features(vit, data, vit_hash, device, dtype, batch_size=32):
                         raise UserError("the ViT's features overflow float16, in which they are cached; "
                                         "--augment trains without the cache")
                 out.write(tokens.cpu().numpy().tobytes())
+            out.flush()
+            out.write(image_sums(np.memmap(partial, np.uint8, "r").reshape(N, row)).tobytes())
         os.replace(partial, file)
-    return np.memmap(file, np.float16, "c").reshape(N, config.n_patch, config.n_embd)   # "r" makes torch warn
+        if not is_whole(file, N, row):                              # what was in *.partial
+            os.remove(file)
+            return cached_features(vit, data, vit_hash, device, dtype, batch_size)
+    shape = N, config.n_patch, config.n_embd
+    return np.memmap(file, np.float16, "c", shape=shape)                         # "r" makes torch warn
+
+
+def is_whole(file, N, row):
+    """Whether a feature cache is there, of the right length, and none of its images is empty or changed."""
+    if not os.path.isfile(file) or os.path.getsize(file) != N * (row + 8):
+        return False
+    content = np.memmap(file, np.uint8, "r")
+    sums = content[N * row :].view(np.uint64)
+    some = np.unique(np.linspace(0, N - 1, 256).astype(int))
+    return bool(sums.all() and (image_sums(content[: N * row].reshape(N, row)[some]) == sums[some]).all())
+
+
+def image_sums(features):
+    """Each image's bytes (N, row), added up in words of two."""
+    return features.view(np.uint16).sum(1, dtype=np.uint64)
 
 
 # --------------------------------------------------------------------------------------------------

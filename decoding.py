@@ -1,9 +1,9 @@
 """Greedy decoding, sampling and beam search over a step function.
 
 `step(tokens)` takes the newest tokens (R, T) and returns the logits (R, V) of what follows; `select(rows)`
-makes row i go on from what was row rows[i]. Row b * G + g is the g-th continuation of prompt b.
+makes new row i continue old row rows[i]. Row b * G + g is the g-th continuation of prompt b.
 
-Letters: B prompts, G rows (beams) a prompt, R rows, T text positions, V vocabulary.
+Letters: B prompts, G rows (beams) per prompt, R rows, T text positions, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -17,20 +17,20 @@ from lib.cli import UserError, check_ranges, flag
 
 @dataclass
 class DecodingConfig:
-    num_beams: int = flag(1, "beams of beam search; 1 is greedy decoding or sampling", min=1, max=1000)
+    num_beams: int = flag(1, "number of beams; 1 is greedy decoding or sampling", min=1, max=1000)
     length_penalty: float = flag(1.0, "a beam's score is its log-probability / length**length_penalty",
                                  min=-10, max=10)
     temperature: float | None = flag(None, "sample, with logits divided by this; 0 is greedy", min=0, max=100)
-    top_k: int | None = flag(None, "sample from the k likeliest tokens", min=1)
-    top_p: float | None = flag(None, "sample from the likeliest tokens that together have this probability",
+    top_k: int | None = flag(None, "sample from the k most likely tokens", min=1)
+    top_p: float | None = flag(None, "sample from the most likely tokens that make up this probability",
                                min=1e-9, max=1)
     repetition_penalty: float = flag(1.0, "above 1, tokens already in the text become less likely",
                                      min=0.01, max=100)
     no_repeat_ngram: int = flag(0, "no sequence of this many tokens occurs twice; 0 is off", min=0)
     num_return_sequences: int = flag(1, "captions per image, the best beams or samples", min=1, max=1000)
     prompt: str = flag("", "text that the caption starts with")
-    min_length: int = flag(0, "fewest new tokens before the end token", min=0)
-    max_length: int = flag(50, "most new tokens, the end token included", min=1)
+    min_length: int = flag(0, "minimum number of new tokens before the end token", min=0)
+    max_length: int = flag(50, "maximum number of new tokens, the end token included", min=1)
 
     def __post_init__(self):
         check_ranges(self)
@@ -79,7 +79,7 @@ def greedy_or_sample(step, select, start, config, eos_id, generator):
         logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
         total += logprob.masked_fill(done, 0)
         length += ~done
-        text = torch.cat([text, token[:, None]], dim=1)                  # a finished row goes on, and is cut
+        text = torch.cat([text, token[:, None]], dim=1)             # finished rows run on, and are cut
         done |= token == eos_id
         if new == config.max_length or done.all():
             break
@@ -98,7 +98,7 @@ def beam_search(step, select, start, config, eos_id, generator=None):
     select(rows)
     logits, prompt = logits[rows], start[rows]
     live = torch.full((B, G), -torch.inf, device=device)                     # log-probabilities of the beams
-    live[:, 0] = 0                                                           # as yet all beams are the same
+    live[:, 0] = 0                                                     # all beams start identical: one counts
     text = torch.full((B * G, L), eos_id, device=device)                        # new tokens, then end tokens
     best = torch.full((B, G), -torch.inf, device=device)                     # scores of the finished texts
     best_text = text.view(B, G, L).clone()
@@ -113,7 +113,7 @@ def beam_search(step, select, start, config, eos_id, generator=None):
     for new in range(1, L + 1):
         so_far = torch.cat([prompt, text[:, : new - 1]], dim=1)
         logits = process_logits(logits.float(), so_far, config, eos_id, new)
-        total = live.view(-1, 1) - logits.logsumexp(-1, keepdim=True)        # plus a logit: log-probability
+        total = live.view(-1, 1) - logits.logsumexp(-1, keepdim=True)        # + logit: log-probability
         finish((total + logits[:, eos_id : eos_id + 1]).view(B, G), new)
         logits[:, eos_id] = -torch.inf
         likeliest, token = logits.topk(min(G, logits.shape[-1]))             # (R, K)
@@ -125,7 +125,7 @@ def beam_search(step, select, start, config, eos_id, generator=None):
         text[:, new - 1] = token
         if new == L:
             finish(live, new)
-        # a live text's best hope is to go on with certainty; log-probabilities are negative
+        # upper bound of a live text's score: every further token has probability 1
         hope = live[:, 0] / (L if config.length_penalty > 0 else new + 1) ** config.length_penalty
         if new == L or (best[:, -1] >= hope).all():
             break

@@ -25,9 +25,9 @@ from data import CaptionSet, read_pixels
 from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
 from lib.images import normalize
-from lib.metrics import meteor, score
+from lib.metrics import score
 from lib.records import read_json
-from lib.scenes import judge
+from lib.scenes import judge, read_scenes
 from model import VisionGPT
 from sample import CaptionerConfig, load_model
 from tokenizer import pack_captions
@@ -175,11 +175,9 @@ def measure(texts: list[str], data: CaptionSet, images: np.ndarray) -> tuple[dic
     references = [data.references(i) for i in images]
     corpus, per_image = score(texts, references)
     column = {"images": len(images), "references": sum(map(len, references)), **corpus,
-              "METEOR": meteor(texts, references), "distinct_captions": len(set(texts)),
+              "distinct_captions": len(set(texts)),
               "mean_words": sum(len(text.split()) for text in texts) / len(texts)}
-    file = Path(data.folder, "scenes.jsonl")
-    if file.exists():
-        scenes = [json.loads(line) for line in file.read_text().splitlines()]
+    if scenes := read_scenes(data.folder, len(data.names)):
         right = sum(judge(text, scenes[i]) for text, i in zip(texts, images))
         column["right_in_every_word"] = right / len(texts)
     return column, per_image
@@ -190,8 +188,8 @@ def table(columns: dict[str, dict]) -> str:
     lines = [f"{'':20}" + "".join(f"{title:>12}" for title in columns)] if len(columns) > 1 else []
     for name in columns["real"]:
         values = [column[name] for column in columns.values()]
-        line = "".join(f"{v:12,}" if isinstance(v, int) else f"{v:12,.4f}" for v in values if v is not None)
-        lines.append(f"{name:20}{line or '  not measured: it needs java and pip install pycocoevalcap'}")
+        cells = (f"{v:12,}" if isinstance(v, int) else f"{v:12,.4f}" for v in values)
+        lines.append(f"{name:20}" + "".join(cells))
     return "\n".join(lines)
 
 

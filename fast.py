@@ -77,7 +77,7 @@ class PackedEmbedding(TokenEmbedding):
         super().__init__(*embedding.weight.shape, _weight=embedding.weight)
         self.weight, self.packed = embedding.weight, PackedWeight(int8, copies=True)
 
-    def attend(self, x: Tensor) -> Tensor:
+    def unembed(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, None, self.packed)
 
 

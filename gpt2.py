@@ -44,25 +44,25 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new k and v (B, H, T, D) after the `length` ones held; return all of them."""
+        """Store a layer's new k and v (B, H, T, D) after the first `length` positions; return them all."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Row i continues what was row rows[i]: reorders the beams, or widens one row to several."""
+        """New row i continues old row rows[i]: reorders the beams, or repeats a row for several."""
         if len(rows) != self.k.shape[1]:
             self.k, self.v = self.k[:, rows], self.v[:, rows]
-        elif rows.device.type != "cpu" or rows.tolist() != list(range(len(rows))):   # beams seldom move
+        elif rows.device.type != "cpu" or rows.tolist() != list(range(len(rows))):   # else no copy
             for held in (self.k[..., : self.length, :], self.v[..., : self.length, :]):
                 held.copy_(held[:, rows])
 
 
 def packed_mask(positions: Tensor) -> Tensor:
-    """Positions (B, T) that restart at 0 with each text -> what attends to what, (B, 1, T, T), True or False.
+    """Positions (B, T) that restart at 0 with each text -> boolean attention mask (B, 1, T, T).
 
-    Causal within a text, blind across texts.
+    Causal within a text, and no attention across texts.
     """
     text = (positions == 0).cumsum(1)                                                  # number of the text
     return (text[:, :, None] == text[:, None, :]).tril()[:, None]
@@ -115,7 +115,7 @@ class Block(nn.Module):
 class TokenEmbedding(nn.Embedding):
     """Tokens to vectors and, as the head, vectors to logits."""
 
-    def attend(self, x: Tensor) -> Tensor:
+    def unembed(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
 
@@ -141,7 +141,7 @@ class GPT2(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) after the last block -> logits (..., vocabulary)."""
-        return self.wte.attend(self.ln_f(x))
+        return self.wte.unembed(self.ln_f(x))
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.embed(tokens, past=cache.length if cache else 0)

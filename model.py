@@ -1,6 +1,6 @@
 """Vision-GPT: a ViT sees, a Perceiver Resampler compresses, cross-attention lets GPT-2 look while it writes.
 
-Letters: B images, G rows of text an image, T text positions, N patches, L latents, C width, V vocabulary.
+Letters: B images, G rows of text per image, T text positions, N patches, L latents, C width, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -31,9 +31,6 @@ class VisionGPTConfig:
     cross_attention: tuple[int, ...] | None = None # before these blocks of GPT-2; None: 1/4, 1/2, 3/4
 
     def __post_init__(self):
-        for name, kind in (("vit", ViTConfig), ("gpt2", GPT2Config), ("resampler", ResamplerConfig)):
-            if isinstance(getattr(self, name), dict):       # as read from JSON
-                setattr(self, name, kind(**getattr(self, name)))
         at, depth = self.cross_attention, self.gpt2.n_layer
         if at is None:
             at = depth // 4, depth // 2, depth * 3 // 4
@@ -89,13 +86,13 @@ class VisionGPT(nn.Module):
 
     def encode(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """Images (B, 3, S, S), or cached ViT patch tokens (B, N, C_vit), -> visual tokens (B, L, C)."""
-        return self.resampler(self.features(images) if features is None else self.to_own(features))
+        return self.resampler(self.features(images) if features is None else self.cast(features))
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> the ViT's patch tokens (B, N, C_vit), without its class token."""
-        return self.to_own(self.vit(images.to(self.device, self.vit.cls_token.dtype))[:, 1:])
+        return self.cast(self.vit(images.to(self.device, self.vit.cls_token.dtype))[:, 1:])
 
-    def to_own(self, x: Tensor) -> Tensor:
+    def cast(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.resampler.latents.dtype)
 
     def cross_kv(self, visual: Tensor | None) -> dict[str, Tensor]:
@@ -104,7 +101,7 @@ class VisionGPT(nn.Module):
 
     def hidden(self, tokens: Tensor, cross_kv: dict[str, Tensor], positions: Tensor | None = None,
                cache: KVCache | None = None, return_weights: bool = False):
-        """Where the two worlds meet: GPT-2's blocks, with cross-attention before some -> (B * G, T, C).
+        """GPT-2's blocks, with cross-attention before some of them: tokens (B * G, T) -> (B * G, T, C).
 
         With `return_weights` also {block: what each position looked at, (B, H, G * T, L)}.
         """
@@ -140,12 +137,13 @@ class VisionGPT(nn.Module):
         `reduction` "sum" leaves the division by the number of targets to the caller.
         """
         x = self.hidden(tokens, self.cross_kv(visual), positions)
-        real = targets != -100
-        x, targets, head = self.gpt2.ln_f(x[real]), targets[real], self.gpt2.wte
+        is_target = targets != -100
+        x, targets = self.gpt2.ln_f(x[is_target]), targets[is_target]               # (M, C), (M,)
+        head = self.gpt2.wte
         if self.frozen:
-            total = ChunkedLoss.apply(x.to(head.weight.dtype), head.attend, targets, label_smoothing)
+            total = ChunkedLoss.apply(x.to(head.weight.dtype), head.unembed, targets, label_smoothing)
         else:
-            total = head_loss(x, head.attend, targets, label_smoothing)
+            total = head_loss(x, head.unembed, targets, label_smoothing)
         return total if reduction == "sum" else total / len(targets)
 
     @torch.inference_mode()
@@ -161,7 +159,7 @@ class VisionGPT(nn.Module):
 
     @torch.inference_mode()
     def attention_maps(self, images: Tensor, tokens: Tensor, layer: int | None = None) -> Tensor:
-        """Images (B, 3, S, S), captions (B, T) after a start token -> maps (B, T, h, w) of sum 1, on the CPU.
+        """Images (B, 3, S, S), captions (B, T) after a start token -> maps (B, T, h, w), each of sum 1.
 
         The map at position t is of the step that chose token t + 1: cross-attention to the latents times the
         last resampler layer's attention to the patches, heads averaged. `layer` is a block of GPT-2, None the
@@ -224,7 +222,7 @@ class VisionGPT(nn.Module):
     @torch.inference_mode()
     def generate_tokens(self, config: DecodingConfig, prompt: list[int] = (), images: Tensor | None = None,
                         visual: Tensor | None = None, generator: torch.Generator | None = None):
-        """`generate` in token ids: num_return_sequences lists of new tokens an image, and their scores."""
+        """`generate` in token ids: num_return_sequences lists of new tokens per image, and their scores."""
         room = self.config.gpt2.n_positions - 1 - len(prompt)
         if config.max_length > room:
             raise UserError(f"max_length {config.max_length} is more than the {room} positions that "
@@ -247,7 +245,7 @@ class VisionGPT(nn.Module):
                             "or set model.tokenizer")
         if self.tokenizer.vocab_size != self.eos_id + 1:
             raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
-                            f"{self.eos_id + 1}: they do not belong together")
+                            f"{self.eos_id + 1}: they do not match")
         return self.tokenizer
 
     # ----------------------------------------------------------------------------------------------
@@ -309,14 +307,14 @@ class VisionGPT(nn.Module):
 
 
 def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
-    """What each new parameter starts as. LayerNorm weights keep their ones.
+    """Initialise new parameters; LayerNorm weights keep their ones.
 
-    A standard deviation of fan_in**-0.5 and not GPT-2's 0.02, which leaves models narrower than 768 next to
-    silent for a long time.
+    The standard deviation is fan_in**-0.5 and not GPT-2's 0.02, with which models narrower than 768 start
+    with signals so small that they train slowly.
     """
     table = {                                        # end of the name: standard deviation
         "vit.cls_token": config.vit.n_embd**-0.5,
-        "vit.pos_embed": 3.0,                        # louder than contents: learns where things are first
+        "vit.pos_embed": 3.0,                        # so large that a model learns where things are
         "resampler.latents": 0.02,
         "wpe.weight": config.gpt2.n_embd**-0.5,      # an embedding's fan-in is its width
         "wte.weight": config.gpt2.n_embd**-0.5,
@@ -358,7 +356,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x, head, targets, label_smoothing):
         total = x.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        chunk = CHUNK if x.is_cuda else CHUNK // 8                                # of a CPU's cache
+        chunk = CHUNK if x.is_cuda else CHUNK // 8                                # fits a CPU's cache
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
             with torch.enable_grad():

@@ -31,7 +31,7 @@ import numpy as np
 import data
 from lib import caption_formats, cli
 from lib.caption_formats import Caption, basename
-from lib.cli import UserError
+from lib.cli import UserError, printable
 from lib.images import load_image, resize
 from tokenizer import Tokenizer
 
@@ -49,15 +49,12 @@ class PrepareConfig:
     captions: list[str] = cli.flag(list, "caption files, or zip archives or folders of them",
                                    metavar="FILE|ZIP|DIR")
     out: str = cli.flag("data/flickr8k", "folder to write the set to")
-    image_size: int = cli.flag(224, "side of the squares that pictures are squashed to")
+    image_size: int = cli.flag(224, "side of the squares that pictures are squashed to", min=1, max=1024)
     raw_captions: bool = cli.flag(False, "keep the spaces before punctuation in Flickr8k's captions")
-    limit: int = cli.flag(0, "for a quick trial: N images, from each split in proportion", metavar="N")
+    limit: int = cli.flag(0, "for a quick trial: N images, from each split in proportion", metavar="N", min=0)
 
     def __post_init__(self):
-        if self.image_size < 1:
-            raise UserError(f"--image-size is {self.image_size}, but must be at least 1")
-        if self.limit < 0:
-            raise UserError(f"--limit is {self.limit}, but must be at least 0 (0: all images)")
+        cli.check_ranges(self)
 
 
 class Entry(NamedTuple):
@@ -137,8 +134,8 @@ def warn(what: str, names):
 
 
 def first_few(names: list[str]) -> str:
-    text = ", ".join(names[:5]) + (f" ... ({len(names):,} in all)" if len(names) > 5 else "")
-    return text.encode("utf-8", "backslashreplace").decode()      # a file name need not be Unicode
+    names_shown = [printable(name[:200]) for name in names[:5]]
+    return ", ".join(names_shown) + (f" ... ({len(names):,} in all)" if len(names) > 5 else "")
 
 
 def decode(files: list[caption_formats.File], size: int) -> Iterator[np.ndarray | None]:
@@ -180,8 +177,8 @@ def collect(config: PrepareConfig) -> tuple[list[Entry], str, dict[str, list[str
     files = {name: fits[0] for name, fits in matches.items() if len(fits) == 1}
     if not files:
         raise UserError(f"none of the {len(matches):,} images in the captions is among the {len(pictures):,} "
-                        f"pictures in {pictures_path}: the captions name {captions[0].image}, a picture is "
-                        f"{pictures[0].path}")
+                        f"pictures in {pictures_path}: the captions name {first_few([captions[0].image])}, a "
+                        f"picture is {pictures[0].path}")
     first = {file: name for name, file in reversed(files.items())}     # two spellings of a file are one image
     captions = [c._replace(image=first[files[c.image]]) if c.image in files else c for c in captions]
     splits, origin = assign_splits(captions, lists)
@@ -212,8 +209,20 @@ def prepare(config: PrepareConfig, tokenizer: Tokenizer | None = None) -> str:
                [image[:-1] + (image.file.stamp,) for image in images]]
     source = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if is_complete(config, source):
-        return f"{config.out} is complete and was made from the same files: nothing to do"
+        return f"{printable(config.out)} is complete and was made from the same files: nothing to do"
     tokenizer = tokenizer or Tokenizer.gpt2()                        # may fail, so before anything is written
+    with data.set_folder(config.out):
+        counts = write_entries(config, images, skipped, tokenizer, source)
+    took, out = cli.clock(time.monotonic() - start), printable(config.out)
+    return "\n  ".join([
+        f"{out}: {counts['images']:,} images with {counts['captions']:,} captions, in {took}",
+        f"splits by {origin}: " + ", ".join(f"{s} {counts[s]:,}" for s in (*SPLIT_NAMES, "no split")),
+        *(f"skipped {why} ({len(names):,}): {first_few(names)}" for why, names in skipped.items() if names)])
+
+
+def write_entries(config: PrepareConfig, images: list[Entry], skipped: dict[str, list[str]],
+                  tokenizer: Tokenizer, source: str) -> dict[str, int]:
+    """Write the set, and return its counts. Pictures that cannot be read are added to `skipped`."""
     kept = []                                                        # filled while the pictures are written
 
     def readable():
@@ -228,29 +237,22 @@ def prepare(config: PrepareConfig, tokenizer: Tokenizer | None = None) -> str:
     captions = [(index, text) for index, image in enumerate(kept) for text in image.texts]
     splits = {split: [i for i, image in enumerate(kept) if image.split == split] for split in SPLIT_NAMES}
     ids = [image.image_id for image in kept]
-    distinct = len({i for i in ids if isinstance(i, int)}) == len(ids)
+    distinct = len({i for i in ids if type(i) is int and abs(i) < 1 << 53}) == len(ids)
     counts = {split: len(indices) for split, indices in splits.items()}
-    counts["no split"] = len(kept) - sum(counts.values())
-    skips = {reason: len(names) for reason, names in skipped.items() if names}
+    counts |= {"no split": len(kept) - sum(counts.values())}
+    counts |= {reason: len(names) for reason, names in skipped.items() if names}
     data.write_set(config.out, [image.name for image in kept], captions, splits, tokenizer,
-                   dict(image_size=config.image_size), counts=counts | skips, clean=not config.raw_captions,
+                   dict(image_size=config.image_size), counts=counts, clean=not config.raw_captions,
                    image_ids=ids if distinct else None, source=source)
-    took = cli.clock(time.monotonic() - start)
-    return "\n  ".join([
-        f"{config.out}: {len(kept):,} images with {len(captions):,} captions, in {took}",
-        f"splits by {origin}: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()),
-        *(f"skipped {reason} ({count:,}): {first_few(skipped[reason])}" for reason, count in skips.items())])
+    return counts | {"images": len(kept), "captions": len(captions)}
 
 
 def is_complete(config: PrepareConfig, source: str) -> bool:
     """Whether config.out holds a complete set that was made from the same files in the same way."""
-    try:
-        with open(os.path.join(config.out, "meta.json")) as file:
-            meta = json.load(file)
-        pixels = os.path.getsize(os.path.join(config.out, "images.bin"))
-    except (OSError, ValueError):
+    origin, pixels = data.set_origin(config.out), os.path.join(config.out, "images.bin")
+    if origin is None or origin.source != source or not os.path.exists(pixels):
         return False
-    return meta.get("source") == source and pixels == len(meta["images"]) * config.image_size**2 * 3
+    return os.path.getsize(pixels) == len(origin.images) * config.image_size**2 * 3
 
 
 def main():

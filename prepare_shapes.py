@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 import data
 from lib import cli
-from lib.cli import UserError, flag
+from lib.cli import flag
 from lib.scenes import COLUMN, ROW, place, true_captions
 from tokenizer import Tokenizer
 
@@ -46,10 +46,14 @@ VOCAB_SIZE = 512                                 # enough for every word to be o
 @dataclass
 class ShapesConfig:
     out: str = flag("data/shapes", "folder to write")
-    train_scenes: int = flag(8000, "scenes to train on")
-    eval_scenes: int = flag(500, "scenes each of val and test")
-    image_size: int = flag(96, "width and height of a picture in pixels")
+    train_scenes: int = flag(8000, "scenes to train on", min=1, max=999_999)
+    eval_scenes: int = flag(500, "scenes each of val and test", min=1, max=999_999)
+    image_size: int = flag(96, "width and height of a picture in pixels; in small ones, shapes look alike",
+                           min=32, max=1024)
     seed: int = flag(0, "another seed draws other scenes")
+
+    def __post_init__(self):
+        cli.check_ranges(self)
 
 
 def random_scene(rng: random.Random) -> dict:
@@ -112,11 +116,7 @@ def draw_scenes(config: ShapesConfig) -> dict[str, list[dict]]:
 
 
 def prepare(config: ShapesConfig) -> dict[str, int]:
-    """Write the set to `config.out` and return its counts. Raises UserError for sizes that cannot be."""
-    if min(config.train_scenes, config.eval_scenes) < 1:
-        raise UserError("--train-scenes and --eval-scenes must be at least 1")
-    if config.image_size < 32:
-        raise UserError(f"--image-size is {config.image_size}: below 32 pixels the small shapes look alike")
+    """Write the set to `config.out` and return its counts."""
     scenes, indices = [], {}
     for name, drawn in draw_scenes(config).items():
         indices[name] = list(range(len(scenes), len(scenes) + len(drawn)))
@@ -125,15 +125,16 @@ def prepare(config: ShapesConfig) -> dict[str, int]:
     texts = [(i, text) for i, scene in enumerate(scenes)
              for text in rng.sample(true_captions(scene["objects"]), 5)]
     pictures = (draw(scene, config.image_size, rng) for scene in cli.progress(scenes, "drawing"))
-    data.write_images(config.out, pictures, config.image_size)
-    with cli.atomic(os.path.join(config.out, "scenes.jsonl")) as path, open(path, "w") as file:
-        file.writelines(json.dumps(scene) + "\n" for scene in scenes)
     tokenizer = Tokenizer.train([text for i, text in texts if i < config.train_scenes], VOCAB_SIZE)
     counts = {name: len(split) for name, split in indices.items()}
     counts["test_unseen"] = sum(not HELD_OUT.isdisjoint(kinds_of(scenes[i])) for i in indices["test"])
     names = [f"{i:05}.png" for i in range(len(scenes))]
-    data.write_set(config.out, names, texts, indices, tokenizer, dict(image_size=config.image_size),
-                   counts=counts)
+    with data.set_folder(config.out):
+        data.write_images(config.out, pictures, config.image_size)
+        with cli.atomic(os.path.join(config.out, "scenes.jsonl")) as path, open(path, "w") as file:
+            file.writelines(json.dumps(scene) + "\n" for scene in scenes)
+        data.write_set(config.out, names, texts, indices, tokenizer, dict(image_size=config.image_size),
+                       counts=counts)
     return counts
 
 

@@ -1,6 +1,6 @@
 """What is trained: a Perceiver Resampler and cross-attention (Flamingo, https://arxiv.org/abs/2204.14198).
 
-Letters: B images, N patches, L latents, C width, H heads, D head width; T text positions, G rows an image.
+Letters: B images, N patches, L latents, C width, H heads, D head width; T text positions, G rows per image.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class ResamplerConfig:
         check_sizes(self)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+def attention(q: Tensor, k: Tensor, v: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
     """q (B, H, T, D), k and v (B, H, N, D) -> (B, T, H * D), and the weights (B, H, T, N) or None."""
     if not return_weights:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), None
@@ -55,7 +55,7 @@ class ResamplerLayer(nn.Module):
         (B, L, _), N = latents.shape, patches.shape[1]
         q = self.q(self.norm_latents(latents)).view(B, L, self.n_head, -1).transpose(1, 2)   # (B, H, L, D)
         k, v = self.kv(self.norm_patches(patches)).view(B, N, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        seen, weights = attend(q, k, v, return_weights)
+        seen, weights = attention(q, k, v, return_weights)
         latents = latents + self.dropout(self.proj(seen))
         return latents + self.dropout(self.fc2(F.gelu(self.fc1(self.norm_mlp(latents))))), weights
 
@@ -96,8 +96,8 @@ class CrossAttention(nn.Module):
         return self.kv(visual).view(B, L, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, cross_kv: Tensor, return_weights: bool = False):
-        """Text (B * G, T, C), G rows an image -> the same shape, and the weights (B, H, G * T, L) or None."""
+        """Text (B * G, T, C), G rows per image -> the same shape, and weights (B, H, G * T, L) or None."""
         k, v = cross_kv
-        q = self.q(self.ln(x)).view(len(k), -1, self.n_head, k.shape[-1]).transpose(1, 2)  # (B, H, G * T, D)
-        seen, weights = attend(q, k, v, return_weights)                                      # (B, G * T, C)
+        q = self.q(self.ln(x)).view(len(k), -1, self.n_head, k.shape[-1]).transpose(1, 2) # (B, H, G * T, D)
+        seen, weights = attention(q, k, v, return_weights)                                     # (B, G * T, C)
         return x + self.dropout(self.out(seen.reshape(x.shape))), weights

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,32 @@ import tiktoken
 import torch
 
 from lib.cli import UserError, atomic
+from lib.records import read_bytes, read_json
 
 END = "<|endoftext|>"
+LARGEST = 16 * 2**20               # bytes of a tokenizer file
 # how GPT-2 cuts text into the pieces within which tokens form: contractions, words, numbers, signs, spaces
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+@dataclass
+class TokenizerFile:
+    """tokenizer.json: the tokens, in base64, in the order of their ranks."""
+
+    name: str
+    pattern: str
+    specials: dict[str, int]
+    ranks: list[str]
 
 
 class Tokenizer:
     """Text <-> token ids. `eos_id`, the last, starts and ends a caption; END in a text is ordinary text."""
 
-    def __init__(self, name, ranks):
+    def __init__(self, name: str, ranks: dict[bytes, int]):
+        whole = {bytes([b]) for b in range(256)} <= ranks.keys() and b"" not in ranks
+        if not whole or set(ranks.values()) != set(range(len(ranks))):      # tiktoken would panic
+            raise UserError(f"the tables of tokenizer {name!r} are damaged: bytes or ranks are missing; "
+                            "copy them again")
         self.name, self.ranks = name, ranks
         self.eos_id, self.vocab_size = len(ranks), len(ranks) + 1
         self.encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
@@ -47,16 +64,18 @@ class Tokenizer:
         """Read `folder`/tokenizer.json. Raises UserError when it is missing or damaged."""
         file = Path(folder) / "tokenizer.json"
         try:
-            content = json.loads(file.read_text())
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(content["ranks"])}
-            if content["pattern"] != PATTERN or content["specials"] != {END: len(ranks)}:
+            content = read_json(TokenizerFile, file, LARGEST)
+            ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(content.ranks)}
+            if content.pattern != PATTERN or content.specials != {END: len(content.ranks)}:
                 raise ValueError("pattern and specials are not GPT-2's")
-            return cls(content["name"], ranks)
-        except OSError:
+            return cls(content.name, ranks)
+        except FileNotFoundError:
             raise UserError(f"{file} is missing; it is written with the data, the weights and every "
                             "checkpoint. GPT-2's own comes from python convert_weights.py --gpt2 "
                             "FOLDER-WITH-merges.txt") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); copy it again") from None
 
     @classmethod
@@ -124,10 +143,10 @@ class Tokenizer:
 
 
 def pack_captions(captions_of: list[list], eos_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The captions of each image, lists of tokens, one after another in its row -> (B, T) each of
+    """Put the captions of each image, lists of tokens, into one row: tokens, targets, positions, each (B, T).
 
-    tokens, each caption after a start token; targets, the next token of each, -100 where there is none;
-    positions, from 0 in each caption. Padding looks like captions of a start token alone.
+    A start token precedes each caption. The target is the next token, or -100 if there is none; positions
+    restart at 0 with each caption. Padding looks like captions that have only a start token.
     """
     T = max((sum(len(caption) + 1 for caption in captions) for captions in captions_of), default=1)
     tokens = np.full((len(captions_of), T), eos_id, dtype=np.int64)
@@ -147,7 +166,7 @@ def pack_captions(captions_of: list[list], eos_id: int) -> tuple[torch.Tensor, t
 def _read_ranks(file):
     """{token bytes: rank} of merges.txt, vocab.bpe (a merge a line) or .tiktoken (base64 token and rank)."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = read_bytes(file, LARGEST).decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tokenizer file {file}: {error}") from None
     try:
@@ -166,4 +185,4 @@ def _read_ranks(file):
                 ranks[bytes(byte_of[c] for c in first + second)] = len(ranks)
         return ranks
     except (ValueError, KeyError):
-        raise UserError(f"{file} is no merges.txt, vocab.bpe or .tiktoken file of GPT-2") from None
+        raise UserError(f"{file} is not a merges.txt, vocab.bpe or .tiktoken file of GPT-2") from None

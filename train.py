@@ -8,7 +8,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import sys
@@ -27,10 +26,10 @@ import fast
 import prepare_shapes
 from data import CaptionSet, ImageInputs, clean_caption, collate, epoch_batches, load_ahead, pin, to_device
 from gpt2 import GPT2Config
-from lib import checkpoint, cli, figures
+from lib import checkpoint, cli, figures, records
 from lib.cli import UserError, flag
 from lib.runs import RUN_FILES, Log, cpu_threads, peak_memory, run_folder, stop_signal
-from lib.scenes import judge
+from lib.scenes import judge, read_scenes
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from tokenizer import Tokenizer
@@ -40,13 +39,13 @@ from vit import ViTConfig
 @dataclass
 class TrainConfig:
     preset: str = flag("flickr8k", "defaults to start from", choices=["flickr8k", "mini", "shapes"])
-    data: str = flag("data/flickr8k", "prepared set")
+    data: str = flag("data/flickr8k", "folder of a prepared dataset")
     out: str = flag("", "checkpoint folder; out/PRESET when empty")
     weights: str = flag("weights", "folder of vit.safetensors and gpt2.safetensors, from convert_weights.py")
     vit: str = flag("", "ViT file, if it is not the one in --weights")
     gpt2: str = flag("", "GPT-2 file, if it is not the one in --weights")
     init_from: str = flag("", "fine-tune the model in this checkpoint folder")
-    train: str = flag("fusion", "what is trained: the resampler and cross-attention, or everything",
+    train: str = flag("fusion", "what to train: the resampler and cross-attention, or everything",
                       choices=["fusion", "all"])
     epochs: int = flag(8, "passes over the training images", min=1)
     max_steps: int = flag(0, "stop after this many optimizer steps; 0: when the epochs are done", min=0)
@@ -56,10 +55,10 @@ class TrainConfig:
     learning_rate: float = flag(5e-4, "peak learning rate", min=0, max=1000)
     min_lr: float = flag(5e-5, "learning rate at the end of the cosine", min=0, max=1000)
     warmup_steps: int = flag(100, "optimizer steps of linear warm-up", min=0)
-    weight_decay: float = flag(0.01, "AdamW's, on matrices only", min=0, max=1000)
+    weight_decay: float = flag(0.01, "AdamW weight decay, on matrices only", min=0, max=1000)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off", min=0, max=1e9)
     dropout: float = flag(0.1, "on attention and MLP outputs of what is trained", min=0, max=0.99)
-    word_dropout: float = flag(0.0, "share of the words hidden from GPT-2, which still has to say them",
+    word_dropout: float = flag(0.0, "share of the input tokens replaced by the end token; targets stay",
                                min=0, max=0.99)
     label_smoothing: float = flag(0.0, "share of each target spread over the vocabulary, in training only",
                                   min=0, max=0.99)
@@ -72,11 +71,12 @@ class TrainConfig:
     num_samples: int = flag(4, "validation captions shown at each evaluation", min=0)
     seed: int = flag(1, "seed of initial weights, order, augmentation and dropout", min=0)
     device: str = flag("auto", "where to compute", choices=cli.DEVICES)
-    dtype: str = flag("auto", "of forward and backward; auto: float32, on a GPU bfloat16 or float16",
+    dtype: str = flag("auto", "autocast dtype; auto: float32 on a CPU, bfloat16 or float16 on a GPU",
                       choices=cli.DTYPES)
     threads: int = flag(0, "CPU threads; 0: PyTorch's choice", min=0, max=256)
     tracker: str = flag("none", "also log to wandb or tensorboard", choices=["none", "wandb", "tensorboard"])
-    resume: bool = flag(False, "continue the run in --out; all but lengths and intervals stay as saved")
+    resume: bool = flag(False, "continue the run in --out with its saved settings; only lengths, intervals "
+                         "and --device may change")
     overwrite: bool = flag(False, "start again in a folder that holds a run")
 
     def __post_init__(self):
@@ -87,6 +87,8 @@ class TrainConfig:
                             "--init-from or another preset")
         if self.resume and self.overwrite:
             raise UserError("--resume continues the run, --overwrite throws it away: give one of them")
+        if self.init_from and os.path.realpath(self.init_from) == os.path.realpath(self.out):
+            raise UserError(f"--init-from {self.init_from} would be written over: name another --out")
         if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
             raise UserError("training runs on one GPU: start it with python train.py, "
                             "without torchrun or WORLD_SIZE")
@@ -322,6 +324,33 @@ def sample_captions(model: VisionGPT, inputs: ImageInputs, images: np.ndarray,
 
 
 @dataclass
+class AdamState:
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass
+class OptimizerState:
+    state: dict[int, AdamState]
+    param_groups: list[dict]
+
+
+@dataclass
+class SavedState:
+    """What training_state.pt holds, of which every field is checked before it is used."""
+
+    model: dict[str, Tensor]
+    optimizer: OptimizerState
+    scaler: dict[str, int | float]
+    step: int = field(metadata=dict(min=0))
+    best: float = field(metadata=dict(max=math.inf))
+    losses: list[float]
+    backbones: dict[str, str | None]
+    config: TrainConfig
+
+
+@dataclass
 class TrainState:
     """All that changes while training, as in training_state.pt; `inputs`: hashes of weights and captions."""
 
@@ -347,33 +376,37 @@ class TrainState:
             print(f"{file} does not exist: starting at step 0", file=sys.stderr)
             return None
         try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            fields = {"model", "optimizer", "scaler", "step", "best", "losses", "backbones", "config"}
-            settings = {field.name for field in dataclasses.fields(TrainConfig)}
-            if not fields <= saved.keys() or saved["config"].keys() != settings:
-                raise KeyError
+            saved = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
         except Exception as error:                                    # a damaged file fails in many ways
             raise UserError(f"{file} is damaged or of another version ({type(error).__name__}); "
                             f"start again with --overwrite") from None
+        records.convert(SavedState, saved, file)
         return saved
 
     def load(self, saved: dict, out: Path) -> None:
         """Continue from what `read` returned. Raises UserError if weights or captions are others now."""
-        if saved["backbones"] != self.inputs or any(
-                p.shape != saved["model"][name].shape for name, p in self.trained.items()):
-            raise UserError("the weights or the data are no longer those that the run in "
-                            f"{out} was started with")
+        held = {name: tensor.shape for name, tensor in saved["model"].items()}
+        if saved["backbones"] != self.inputs or held != {name: p.shape for name, p in self.trained.items()}:
+            raise UserError(f"the weights or the data have changed since the run in {out} started")
+        own, moments = self.optimizer.state_dict(), saved["optimizer"]["state"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        tensors = [*saved["model"].values(), *(t for moment in moments.values() for t in moment.values())]
+        fit = all(0 <= i < len(parameters) and moment["step"].shape == () and parameters[i].shape ==
+                  moment["exp_avg"].shape == moment["exp_avg_sq"].shape for i, moment in moments.items())
+        if not fit or not all(t.isfinite().all() for t in tensors):
+            raise UserError(f"{out}/training_state.pt is damaged (NaN, or tensors that do not fit the "
+                            "model); start again with --overwrite")
         for name, p in self.trained.items():
             p.data.copy_(saved["model"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:                                           # none where the loss was not scaled
+        self.optimizer.load_state_dict(own | {"state": moments})      # the rest is of this run's settings
+        if saved["scaler"].keys() >= self.scaler.state_dict().keys() > set():    # not where it does not scale
             self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
         self.losses = [torch.tensor(loss) for loss in saved["losses"]]
         self.best = saved["best"] if (out / "config.json").exists() else math.inf
 
     def check_losses(self) -> list[float]:
-        """The losses since the last log line, for which a GPU is waited for. Raises UserError for NaN."""
+        """The losses since the last log line (synchronises a GPU). Raises UserError if one is NaN."""
         losses = [loss.item() for loss in self.losses]
         for step, loss in enumerate(losses, self.step - len(losses) + 1):
             if not math.isfinite(loss):
@@ -450,8 +483,7 @@ def finish(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainCo
     figures.save(figures.contact_sheet([Image.fromarray(data.images[i]) for i in images], texts),
                  out / "samples.png")
     log(f"{out} holds the best model, log.jsonl, loss.png and samples.png")
-    if Path(cfg.data, "scenes.jsonl").exists():
-        scenes = [json.loads(line) for line in Path(cfg.data, "scenes.jsonl").read_text().splitlines()]
+    if scenes := read_scenes(cfg.data, len(data.names)):
         test = data.split("test")
         texts = sample_captions(model, inputs, test, amp)
         right = sum(judge(text, scenes[i]) for text, i in zip(texts, test))
@@ -463,7 +495,7 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
     """Train as `cfg` says, from `saved` where a run is resumed; returns the best validation loss.
 
     What is random in a step (order, crops, dropout) follows from (seed, step) alone, so a resumed run repeats
-    exactly what an unbroken one would have done. Raises UserError for what the user can mend.
+    exactly what an unbroken one would have done. Raises UserError for what the user can fix.
     """
     with cpu_threads(cfg.threads), run_folder(cfg) as out:
         # model, data, optimizer
@@ -525,14 +557,9 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
 
 def main():
     cfg, saved = resolve_config(cli.parse(TrainConfig, __doc__))
-    try:
+    with cli.out_of_memory(f"lower --batch-size ({cfg.batch_size}) and raise --grad-accumulation "
+                           f"({cfg.grad_accumulation}) as much; --dtype bfloat16 needs less"):
         train(cfg, saved)
-    except (RuntimeError, MemoryError) as error:
-        signs = "out of memory", "can't allocate memory", "ALLOC_FAILED"
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
-            raise
-        raise UserError(f"out of memory: lower --batch-size ({cfg.batch_size}) and raise --grad-accumulation "
-                        f"({cfg.grad_accumulation}) as much; --dtype bfloat16 needs less") from None
 
 
 if __name__ == "__main__":

@@ -35,15 +35,18 @@ class ViTConfig:
     activation: str = "gelu"
     pre_norm: bool = False             # CLIP: LayerNorm after the positions are added
     final_norm: bool = True            # CLIP: patch tokens are taken before its last LayerNorm
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    transform: dict = field(default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
-    # the weights' own evaluation: short side and centre crop, or dict(squash=224, filter=...)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    # how the weights were evaluated, for convert_weights.py --check alone: captioning squashes the picture
+    transform: dict[str, int | str] = field(
+        default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
     dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
 
     def __post_init__(self):
         check_sizes(self)
         self.mean, self.std = tuple(self.mean), tuple(self.std)
+        if max(map(abs, self.mean)) > 1000 or not all(0.001 <= s <= 1000 for s in self.std):
+            raise UserError(f"mean {self.mean} and std {self.std} are none of pixels from 0 to 1")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.n_embd % self.n_head:

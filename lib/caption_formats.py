@@ -1,6 +1,7 @@
 """Captions and pictures as people share them: in folders and zip archives, in seven kinds of caption file."""
 
 import collections
+import contextlib
 import csv
 import fnmatch
 import functools
@@ -18,7 +19,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from lib import records
 from lib.cli import UserError
+from lib.images import MAX_IMAGE_BYTES, SUFFIXES
 
 OFFICIAL = {                                         # Flickr8k's own files: split, SHA-256 (its beginning)
     "flickr8k.token.txt": (None, "1e1f3a371ba1a1bf"),
@@ -29,9 +32,12 @@ SPLIT_LISTS = {name: split for name, (split, _) in OFFICIAL.items() if split}
 STRAY = "2258277193_586949ec62.jpg.1"                # has captions in Flickr8k, but is not a picture
 CAPTION_FILES = ["flickr8k.token.txt", "captions.txt", "dataset_flickr8k.json", "captions*.json", "*.jsonl",
                  "*.csv", "*.parquet"]               # in a folder: the first of these kinds that it holds
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 IMAGE_FIELDS = ["image", "file_name", "filename", "image_name", "image_path", "file", "path"]
 TEXT_FIELDS = ["caption", "captions", "text", "sentence", "sentences", "comment"]
+ZIP_ERRORS = (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+MAX_FILES = 500_000                                  # in a folder or zip archive
+MAX_CAPTION_BYTES = 512 << 20                        # in a caption file
+MAX_LENGTH = 10_000                                  # characters of a caption or name
 
 
 class File(typing.NamedTuple):
@@ -51,16 +57,16 @@ class Caption(typing.NamedTuple):
 def list_files(path: str) -> list[File]:
     """The files in a folder or zip archive, or the file itself, without junk. UserError for a wrong path."""
     if os.path.isdir(path):
-        files = [disk_file(p, p.relative_to(path)) for p in sorted(Path(path).rglob("*")) if p.is_file()]
+        entries = list(itertools.islice(Path(path).rglob("*"), MAX_FILES + 1))
+        if len(entries) > MAX_FILES:
+            raise UserError(f"{path} holds more than {MAX_FILES:,} files; name the folder that is meant")
+        files = [disk_file(p, p.relative_to(path)) for p in sorted(entries) if p.is_file()]
     elif not os.path.exists(path):
         raise UserError(f"{path} does not exist")
+    elif not os.path.isfile(path):
+        raise UserError(f"{path} is a pipe or a device, and not a file, folder or zip archive")
     elif path.lower().endswith(".zip"):
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile:
-            raise UserError(f"{path} is not a complete zip archive; download or copy it again") from None
-        files = [File(info.filename, functools.partial(archive.open, info), (info.file_size, info.CRC))
-                 for info in archive.infolist() if not info.is_dir()]
+        files = zip_members(path)
     else:
         files = [disk_file(path, Path(path).name)]
     files = [f._replace(path=normalize_path(f.path)) for f in files if "__MACOSX/" not in f.path]
@@ -70,6 +76,29 @@ def list_files(path: str) -> list[File]:
 def disk_file(path: str | Path, name: str | Path) -> File:
     stat = os.stat(path)
     return File(str(name), functools.partial(open, path, "rb"), (stat.st_size, stat.st_mtime_ns))
+
+
+class ZipSource(io.FileIO):
+    """A zip archive whose table of contents, which zipfile reads at one go, cannot be of any size."""
+
+    def read(self, size=-1):
+        if size > MAX_FILES * 100:
+            raise ValueError(f"it holds more than {MAX_FILES:,} files")
+        return super().read(size)
+
+
+def zip_members(path: str) -> list[File]:
+    def opened(info):
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("its compression is not supported; make the zip archive with another program")
+        return archive.open(info)
+
+    try:
+        archive = zipfile.ZipFile(ZipSource(path))
+    except ZIP_ERRORS as error:
+        raise UserError(f"{path} is not a complete zip archive ({error}); copy it again") from None
+    return [File(info.filename, functools.partial(opened, info), (info.file_size, info.CRC))
+            for info in archive.infolist() if not info.is_dir()]
 
 
 def normalize_path(path: str) -> str:
@@ -82,13 +111,16 @@ def basename(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def read(file: File) -> bytes:
-    """The content of a file. Raises UserError when it cannot be read."""
+def read(file: File, largest: int = MAX_IMAGE_BYTES) -> bytes:
+    """The content of a file. Raises UserError when it cannot be read or is larger than `largest` bytes."""
     try:
         with file.open() as opened:
-            return opened.read()
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"cannot read {file.path}: {error}") from None
+            content = opened.read(largest + 1)
+    except ZIP_ERRORS as error:
+        raise UserError(f"cannot read {file.path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > largest:
+        raise UserError(f"{file.path} is too large: the limit is {largest >> 20} MB")
+    return content
 
 
 def search(path: str, wanted: Callable) -> list[File]:
@@ -103,7 +135,7 @@ def search(path: str, wanted: Callable) -> list[File]:
 
 def picture_files(path: str) -> list[File]:
     """The pictures in a folder or zip archive."""
-    return search(path, lambda files: [f for f in files if os.path.splitext(f.path)[1].lower() in PICTURES])
+    return search(path, lambda files: [f for f in files if os.path.splitext(f.path)[1].lower() in SUFFIXES])
 
 
 def caption_files(path: str) -> list[File]:
@@ -131,8 +163,13 @@ def match_pictures(names: Iterable[str], pictures: list[File]) -> dict[str, list
         by_path[file.path].append(file)
         by_name[basename(file.path)].append(file)
     found = {name: by_path[name] or longest_match(name, by_name[basename(name)]) for name in names}
-    copies = {name for name, files in found.items() if len(files) > 1 and len(set(map(read, files))) == 1}
+    copies = {n for n, files in found.items() if 1 < len(files) < 10 and len(set(map(digest, files))) == 1}
     return {name: files[:1] if name in copies else files for name, files in found.items()}
+
+
+def digest(file: File) -> bytes | None:
+    with contextlib.suppress(UserError):
+        return hashlib.sha256(read(file)).digest()
 
 
 def longest_match(image: str, files: list[File]) -> list[File]:
@@ -154,12 +191,12 @@ def read_captions(files: list[File]) -> tuple[list[Caption], dict, list[File], l
         if name.endswith(".parquet"):
             captions += parse_rows(parquet_rows(file, pictures), file.path, broken)
             continue
-        content = read(file).replace(b"\r\n", b"\n")
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in seen:                           # the same file twice, as when a zip is also unpacked
+        content = read(file, MAX_CAPTION_BYTES).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        sha256 = hashlib.sha256(content).hexdigest()
+        if sha256 in seen:                           # the same file twice, as when a zip is also unpacked
             continue
-        seen.add(digest)
-        if name in OFFICIAL and not digest.startswith(OFFICIAL[name][1]):
+        seen.add(sha256)
+        if name in OFFICIAL and not sha256.startswith(OFFICIAL[name][1]):
             print(f"WARNING: {file.path} is an altered copy of the official file, so scores may not be "
                   "comparable with published ones", file=sys.stderr)
         try:
@@ -189,7 +226,7 @@ def parse_rows(rows: Iterable[tuple[str, dict]], name: str, broken: list) -> Ite
         if texts is None:
             texts = [text for key, text in row.items() if re.fullmatch(r"caption_\d+", key)]
         texts, split = texts if isinstance(texts, list) else [texts], row.get("split") or ""
-        if texts and all(isinstance(text, str) for text in [image, split, *texts]):
+        if texts and all(isinstance(s, str) and len(s) <= MAX_LENGTH for s in [image, split, *texts]):
             image = normalize_path(image)
             yield from (Caption(image, text, split, row.get("image_id"), name) for text in texts)
         else:
@@ -206,8 +243,8 @@ def flickr8k_rows(text: str) -> Iterator[tuple]:
 
 def json_rows(text: str, name: str) -> Iterator[tuple]:
     """COCO's JSON, Karpathy's, or a list of rows."""
+    rows = records.parse_json(object, text, name)                # of any shape: wrong entries are skipped
     try:
-        rows = json.loads(text)
         if isinstance(rows, dict) and "annotations" in rows:
             images = {image["id"]: image["file_name"] for image in rows["images"]}
             rows = [{**note, "image": images.get(note["image_id"])} for note in rows["annotations"]]
@@ -215,8 +252,6 @@ def json_rows(text: str, name: str) -> Iterator[tuple]:
             rows = [{"image": f"{image.get('filepath', '')}/{image['filename']}", "split": image.get("split"),
                      "caption": [sentence["raw"] for sentence in image["sentences"]],
                      "image_id": image.get("cocoid")} for image in rows["images"]]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name} is not JSON: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{name} is neither COCO's JSON, nor Karpathy's, nor a list of rows with image and "
                         "caption") from None
@@ -228,7 +263,7 @@ def json_lines(text: str) -> Iterator[tuple]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 yield f"line {number}", None
 
 
@@ -236,13 +271,13 @@ def csv_rows(text: str, name: str) -> Iterator[tuple]:
     """CSV with a header, separated by commas, semicolons, bars or tabs; None for a row of another length."""
     header = text.partition("\n")[0]
     delimiter = max(",\t;|", key=header.count)
-    columns = [column.strip().lower() for column in next(csv.reader([header], delimiter=delimiter), [])]
-    if not set(columns) & set(IMAGE_FIELDS) or not set(columns) & set(TEXT_FIELDS):
-        raise UserError(f"{name} begins with {header[:60]!r}; its first line should name the columns image "
-                        "and caption")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        for row in itertools.islice(reader, 1, None):
+        columns = [column.strip().lower() for column in next(reader, [])]
+        if not set(columns) & set(IMAGE_FIELDS) or not set(columns) & set(TEXT_FIELDS):
+            raise UserError(f"{name} begins with {header[:60]!r}; its first line should name the columns "
+                            "image and caption")
+        for row in reader:
             if row:
                 yield f"line {reader.line_num}", dict(zip(columns, row)) if len(row) == len(columns) else None
     except csv.Error as error:

@@ -149,7 +149,7 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], source):
                     "of another shape": shapes}
         lists = (f"{problem} {', '.join(names[:4])[:300]}{' ...' if len(names) > 4 else ''}"
                  for problem, names in problems.items() if names)
-        raise UserError(f"{source} does not fit the model: {'; '.join(lists)}")
+        raise UserError(f"{source} does not fit the model: {' '.join('; '.join(lists).split())}")
     module.load_state_dict(tensors, assign=True)
 
 

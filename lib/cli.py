@@ -153,7 +153,8 @@ def out_of_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if type(error) is MemoryError or re.search("out of memory|can't allocate memory", str(error)):
+        signs = "out of memory|can't allocate memory|ALLOC_FAILED"
+        if type(error) is MemoryError or re.search(signs, str(error)):
             raise UserError(f"out of memory: {advice}") from None
         raise
 

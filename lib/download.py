@@ -1,10 +1,10 @@
 """Files from the web: resumed where they were cut off, verified, and under their name only when complete."""
 
+import concurrent.futures
 import hashlib
 import http.client
 import math
 import os
-import queue
 import socket
 import sys
 import threading
@@ -128,22 +128,18 @@ def read_chunks(response):
 
 def with_deadline(seconds: float, function, *args, **kwargs):
     """function(*args, **kwargs) in a thread. Raises TimeoutError if it takes longer, and leaves it behind."""
-    outcome = queue.SimpleQueue()
+    future = concurrent.futures.Future()
 
     def call():
         try:
-            outcome.put((function(*args, **kwargs), None))
-        except Exception as error:                                   # raised again below
-            outcome.put((None, error))
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:                                   # raised again by result()
+            future.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
-    try:
-        value, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:.0f} seconds") from None
-    if error is not None:
-        raise error
-    return value
+    if not concurrent.futures.wait([future], timeout=seconds).done:
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
+    return future.result()
 
 
 def hash_mismatch(path: Path, sha256: str | None = None, md5: str | None = None) -> str | None:

@@ -3,10 +3,10 @@
 import contextlib
 import ctypes
 import importlib.util
+import io
 import logging
 import math
 import os
-import stat
 import struct
 import threading
 import warnings
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lib import records
 from lib.cli import UserError, printable
 
 # What is read from others, and how much of it. Pillow takes up to 16 bytes a pixel, so all pictures that are
@@ -45,30 +46,20 @@ def load_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
 
     Raises UserError when the picture cannot be read, is too large, or is not in one of FORMATS.
     """
+    name = f" {printable(os.fspath(source))}" if isinstance(source, (str, os.PathLike)) else ""
     try:
         if isinstance(source, Image.Image):
             return to_rgb(source)
-        if isinstance(source, (str, os.PathLike)):
-            check_file(source)
-        with Image.open(source, formats=FORMATS) as image, memory_for(image):
+        file = io.BytesIO(records.read_bytes(source, MAX_IMAGE_BYTES)) if name else source
+        with Image.open(file, formats=FORMATS) as image, memory_for(image):
             return to_rgb(image)
+    except UserError:
+        raise
     except Image.UnidentifiedImageError:
         reason = "it is not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF picture"
-    except FileNotFoundError:
-        reason = "no such file"
     except DAMAGE as error:
-        reason = getattr(error, "strerror", None) or printable(str(error))
-    name = f" {printable(os.fspath(source))}" if isinstance(source, (str, os.PathLike)) else ""
+        reason = "no such file" if isinstance(error, FileNotFoundError) else printable(str(error))
     raise UserError(f"cannot read the picture{name}: {reason}")
-
-
-def check_file(path: str | os.PathLike):
-    """Raise UserError for what would be read for ever, or be too large."""
-    facts = os.stat(path)
-    if not stat.S_ISREG(facts.st_mode):
-        raise UserError("it is a folder, a pipe or a device, not a file")
-    if facts.st_size > MAX_IMAGE_BYTES:
-        raise UserError(f"it has {facts.st_size >> 20} MB; the limit is {MAX_IMAGE_BYTES >> 20}")
 
 
 @contextlib.contextmanager
@@ -81,7 +72,7 @@ def memory_for(image: Image.Image):
         image.draft(None, (width // shrink, height // shrink))        # at least of this size
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
-        raise UserError(f"it has {pixels // 10**6} megapixels; the limit is {MAX_PIXELS // 10**6}")
+        raise ValueError(f"it has {pixels // 10**6} megapixels; the limit is {MAX_PIXELS // 10**6}")
     pixels = min(max(pixels, width * height // 3), MAX_PIXELS)        # a progressive JPEG is kept whole
     with _turn:
         _turn.wait_for(lambda: _decoding + pixels <= MAX_PIXELS)

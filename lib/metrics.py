@@ -6,7 +6,6 @@ tokenizer, its constants and its slips are kept on purpose, so that scores can b
 
 import math
 import re
-import shutil
 from collections import Counter
 
 from lib.cli import UserError
@@ -223,16 +222,3 @@ class CiderScorer:
                     clipped = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
                     total += penalty * clipped / (a_norm * b_norm)
         return 10 * total / 4 / len(references)
-
-
-def meteor(candidates: list[str], references: list[list[str]]) -> float | None:
-    """METEOR 1.5 (Denkowski and Lavie 2014), 0 to 1, by pycocoevalcap and Java; None without them."""
-    try:
-        from pycocoevalcap.meteor.meteor import Meteor
-    except ImportError:
-        return None
-    if not shutil.which("java"):
-        return None
-    candidates = {i: [" ".join(tokenize(caption))] for i, caption in enumerate(candidates)}
-    references = {i: [" ".join(tokenize(c)) for c in captions] for i, captions in enumerate(references)}
-    return Meteor().compute_score(references, candidates)[0]

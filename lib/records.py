@@ -60,7 +60,7 @@ def _unique(pairs):
 def convert(kind, value, source, path=(), limits=types.MappingProxyType({}), foreign=False):
     """`value`, as json.loads or torch.load gives it, as a value of `kind`: a dataclass, scalar or container.
 
-    A field's metadata may hold `min`, or `min` and `max`, of the numbers in it, and `optional`: it may be
+    A field's metadata may hold `min` and `max` of the numbers in it, `choices`, and `optional`: it may be
     missing. Of a `foreign` object, which another program wrote, unknown fields are ignored and defaults
     replace missing ones. Raises UserError that names source and path of the first thing that does not fit.
     """
@@ -97,13 +97,15 @@ def convert(kind, value, source, path=(), limits=types.MappingProxyType({}), for
     elif kind in (int, float):
         low, high = limits.get("min"), limits.get("max")
         largest = 2**63 - 1 if kind is int else sys.float_info.max
-        if (type(value) in (int, kind) and -largest <= value <= largest
-                and (low is None or low <= value) and (high is None or value <= high)):
+        least, most = -largest if low is None else low, largest if high is None else high
+        if type(value) in (int, kind) and least <= value <= most:
             return kind(value)
         if low is not None:
             wanted += f" of at least {low}" if high is None else f" from {low} to {high}"
     elif isinstance(value, origin):
-        return value
+        if not limits.get("choices") or value in limits["choices"]:
+            return value
+        wanted = f"one of {', '.join(map(repr, limits['choices']))}"
     shown = repr(value) if isinstance(value, (str, int, float)) else WORDS.get(type(value), "an object")
     shown += f" of {len(value)}" if isinstance(value, list) else ""
     raise UserError(f"{place(source, path)} is {shown[:60]}, but must be {wanted}")
@@ -114,8 +116,8 @@ def build(kind, content, source, path, foreign):
     fields, hints = {field.name: field for field in dataclasses.fields(kind)}, type_hints(kind)
     unknown = next((key for key in content if key not in fields), None)
     if unknown is not None and not foreign:
-        meant = nearest(unknown, fields)
-        raise UserError(f"{place(source, path)} has the unknown field {unknown[:60]!r}{meant}")
+        unknown = str(unknown)[:60]
+        raise UserError(f"{place(source, path)} has the unknown field {unknown!r}{nearest(unknown, fields)}")
     for field in fields.values():
         has_default = field.default is not field.default_factory     # both are MISSING without one
         if field.name not in content and not (has_default and (foreign or field.metadata.get("optional"))):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 import threading
@@ -10,28 +11,36 @@ from pathlib import Path
 
 import torch
 
-from lib import cli
+from lib import cli, records
 from lib.cli import UserError
 
-# what is worth keeping of a run, so that a new one must not find it
+# files that a new run must not overwrite silently, and what else it writes
 RUN_FILES = ("training_state.pt", "config.json", "fusion.safetensors", "model.safetensors")
+ALL_FILES = (*RUN_FILES, "tokenizer.json", "log.jsonl", "loss.png", "samples.png")
 
 
 @contextlib.contextmanager
 def run_folder(cfg):
     """The checkpoint folder, this run's alone within the context.
 
-    Raises UserError when another run is in it, or when it holds one that is neither resumed nor overwritten.
+    Raises UserError when another run is in it, when it holds one that is neither resumed nor overwritten, or
+    files of such names that are not of a run: every run leaves .lock behind.
     """
     out = Path(cfg.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder: name another --out")
     out.mkdir(parents=True, exist_ok=True)
+    held = [name for name in ALL_FILES if os.path.lexists(out / name)]
+    if held and not ((out / ".lock").exists() or cfg.resume and "training_state.pt" in held):
+        raise UserError(f"{out} holds {held[0]}, which is not of a training run: move it away, or name "
+                        "another --out")
     with open(out / ".lock", "w") as file:
         cli.lock(file, f"another run is training in {out}; wait for it, or name another folder with --out")
         if any((out / name).exists() for name in RUN_FILES) and not (cfg.resume or cfg.overwrite):
             raise UserError(f"{out} holds a run: continue it with --resume, throw it away with --overwrite, "
                             f"or name another --out")
-        for rest in out.glob("*.tmp"):                                # of a run killed while it was writing
-            rest.unlink()
+        for rest in (rest for name in ALL_FILES for rest in out.glob(f"{name}.[0-9]*.tmp")):
+            rest.unlink()                                             # of a run killed while it was writing
         yield out
 
 
@@ -40,12 +49,10 @@ class Log:
 
     def __init__(self, file, step, cfg):
         self.rows, self.send = [], None
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                self.rows.append(json.loads(line))
-            except ValueError:                                        # the run was killed while it wrote
-                break
-        self.rows = [row for row in self.rows if row["step"] <= step]
+        for line in records.read_bytes(file).splitlines() if file.exists() else []:
+            with contextlib.suppress(UserError):                      # the run was killed while it wrote
+                self.rows.append(records.parse_json(dict[str, int | float], line, file))
+        self.rows = [row for row in self.rows if type(row.get("step")) is int and 0 <= row["step"] <= step]
         with cli.atomic(file) as temporary:
             Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = open(file, "a")  # noqa: SIM115
@@ -81,7 +88,7 @@ class Log:
 
 @contextlib.contextmanager
 def stop_signal():
-    """Within it, Ctrl-C and SIGTERM only fill the list it gives, so that the step is finished and saved.
+    """Within it, Ctrl-C and SIGTERM only fill the list it gives: the step is finished and saved first.
 
     A second one stops at once.
     """

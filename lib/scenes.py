@@ -5,6 +5,12 @@ picture, from the top left) of its one to three objects count here.
 """
 
 import itertools
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lib import records
+from lib.cli import UserError
 
 PLACES = ["at the top left", "at the top", "at the top right",             # ninths of the picture, row by row
           "on the left", "in the middle", "on the right",
@@ -16,6 +22,38 @@ RELATIONS = {"left of": ["left of", "to the left of"], "right of": ["right of", 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = [None, "one shape", "two shapes", "three shapes"]
 VERBS = ["there is", "we see"]
+
+
+@dataclass
+class Thing:
+    size: str
+    colour: str
+    shape: str
+    x: float = field(metadata=dict(min=0, max=0.9999))
+    y: float = field(metadata=dict(min=0, max=0.9999))
+
+
+@dataclass
+class Scene:
+    arrangement: Literal[ROW, COLUMN, *PLACES]
+    objects: list[Thing]
+
+    def __post_init__(self):
+        if not 1 <= len(self.objects) <= 3:
+            raise UserError(f"a scene has one to three objects, not {len(self.objects)}")
+
+
+def read_scenes(folder: str, count: int) -> list[dict] | None:
+    """The scenes of a prepared set of `count` images; None where it has none. Raises UserError for damage."""
+    file = Path(folder, "scenes.jsonl")
+    try:
+        lines = records.read_bytes(file).splitlines()
+    except FileNotFoundError:
+        return None
+    if len(lines) != count:
+        raise UserError(f"{file} has {len(lines)} lines for {count} images; prepare the set again")
+    return [asdict(records.parse_json(Scene, line, f"{file} line {number}"))
+            for number, line in enumerate(lines, 1)]
 
 
 def place(o: dict) -> str:

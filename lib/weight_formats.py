@@ -5,6 +5,7 @@ and nothing else.
 """
 
 import argparse
+import contextlib
 import pickle
 import re
 import warnings
@@ -30,16 +31,16 @@ BLOAT = 10              # a file whose tensors would fill more than 10 times its
 # configs: what the source says of itself
 
 LAYERS, SIDE, EPS = dict(min=1, max=1000), dict(min=1, max=4096), dict(min=0, max=1)
+MEAN, STD, RGB = dict(min=0, max=1), dict(min=1e-3, max=1), tuple[float, float, float]
 FILTER = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-RGB = tuple[float, float, float]
 
 
 @dataclass
 class TimmConfig:
     """pretrained_cfg in timm's config.json."""
 
-    mean: RGB
-    std: RGB = field(metadata=dict(min=1e-3))
+    mean: RGB = field(metadata=MEAN)
+    std: RGB = field(metadata=STD)
     crop_pct: float = field(metadata=dict(min=0.1, max=1))
     interpolation: FILTER
     input_size: tuple[int, int, int] = field(metadata=SIDE)
@@ -49,12 +50,16 @@ class TimmConfig:
 class Preprocessor:
     """Hugging Face's preprocessor_config.json."""
 
-    image_mean: RGB | None = None
-    image_std: RGB | None = field(default=None, metadata=dict(min=1e-3))
+    image_mean: RGB | None = field(default=None, metadata=MEAN)
+    image_std: RGB | None = field(default=None, metadata=STD)
     size: int | dict[str, int] | None = field(default=None, metadata=SIDE)
     crop_size: int | dict[str, int] | None = field(default=None, metadata=SIDE)
     do_center_crop: bool | None = None
-    resample: int | None = None
+    resample: int | None = field(default=None, metadata=dict(min=0, max=5))
+
+    def __post_init__(self):
+        if {} in (self.size, self.crop_size) or self.do_center_crop and self.crop_size is None:
+            raise UserError("size or crop_size holds no size")
 
 
 @dataclass
@@ -76,11 +81,6 @@ class SourceConfig:
     wrapper: str | None = None                               # the last dict in the file that was unwrapped
 
 
-@dataclass
-class ShardIndex:
-    weight_map: dict[str, str]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # containers: safetensors, torch.save, TorchScript, .npz, TensorFlow
 
@@ -93,7 +93,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], SourceConfig]:
     files = find_weight_files(Path(path))
     folder, content, config = files[0].parent, {}, {}
     for name in ("config.json", "hparams.json"):
-        if (folder / name).exists():
+        with contextlib.suppress(FileNotFoundError):
             config |= records.read_json(dict, folder / name)
             records.convert(SourceConfig, config, folder / name, foreign=True)
     for file in files:
@@ -101,7 +101,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], SourceConfig]:
     for key in ("config", "model_args"):                     # of a training run's checkpoint
         config |= content[key] if isinstance(content.get(key), dict) else {}
     source_config = records.convert(SourceConfig, config, path, foreign=True)
-    if (folder / "preprocessor_config.json").exists():
+    with contextlib.suppress(FileNotFoundError):
         source_config.preprocessor = records.read_json(
             Preprocessor, folder / "preprocessor_config.json", foreign=True)
     source_config.wrapper = None
@@ -112,7 +112,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], SourceConfig]:
     tensors = {prefixes.sub("", str(name), count=1): tensor for name, tensor in content.items()
                if isinstance(tensor, Tensor)}
     if not tensors:
-        names = ", ".join(map(str, list(content)[:5]))[:200] or "nothing"
+        names = ", ".join(map(repr, list(content)[:5]))[:200] or "nothing"
         raise UserError(f"{path} holds no tensors where weights are expected, but {names}")
     check_plain(tensors, path)
     return tensors, source_config
@@ -145,7 +145,8 @@ def find_weight_files(path: Path) -> list[Path]:
         path = found[0]
     if path.suffix != ".json":
         return [path]
-    shards = set(records.read_json(ShardIndex, path, foreign=True).weight_map.values())
+    weight_map = records.read_json(dict, path).get("weight_map", {})
+    shards = set(records.convert(dict[str, str], weight_map, path, ("weight_map",)).values())
     if not shards or any(Path(name).name != name for name in shards):
         raise UserError(f"{path} is not an index of shards beside it: name the weights or their folder")
     return [path.parent / name for name in sorted(shards)]
@@ -196,7 +197,7 @@ def read_archive(file):
         if sum(member.file_size for member in archive.infolist()) > BLOAT * file.stat().st_size:
             raise UserError(f"{file} would unpack to more than {BLOAT} times its size: it is not read")
         if member := archive.testzip():
-            raise UserError(f"{file} is damaged: {member!r:.99} does not match its checksum; download it again")
+            raise UserError(f"{file} is damaged: {member!r:.99} does not match its checksum; get it again")
         if any(name.endswith(".npy") for name in names):
             arrays = np.load(file, allow_pickle=False)
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -384,7 +385,7 @@ def detect_format(tensors: dict[str, Tensor], kind: str, source) -> WeightFormat
                 return fmt                                           # (3 C, C) are nanoGPT's linear layers
     known = ", ".join(fmt.name for fmt in FORMATS[kind])
     raise UserError(f"{source} holds no {kind} in a known format ({known}); "
-                    f"it begins with {', '.join(sorted(tensors)[:3])[:200]}")
+                    f"it begins with {', '.join(map(repr, sorted(tensors)[:3]))[:200]}")
 
 
 def map_names(tensors: dict[str, Tensor], fmt: WeightFormat, source) -> dict[str, Tensor]:
@@ -488,8 +489,8 @@ def vit_settings(fmt: WeightFormat, tensors: dict, source: SourceConfig, image_s
 def hf_transform(shown: Preprocessor) -> dict:
     """Hugging Face's preprocessor_config.json as ViTConfig.transform."""
     sizes = shown.size, shown.crop_size
-    side, crop = (min(size.values()) if size and isinstance(size, dict) else size for size in sizes)
+    side, crop = (min(size.values()) if isinstance(size, dict) else size for size in sizes)
     filter = "bicubic" if shown.resample == 3 else "bilinear"
-    if shown.do_center_crop and crop:
+    if shown.do_center_crop:
         return dict(resize=side, crop=crop, filter=filter)
     return dict(squash=side, filter=filter)

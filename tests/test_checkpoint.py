@@ -242,6 +242,62 @@ def test_a_damaged_checkpoint_is_one_line(name, damage, message, trained):
     assert "\n" not in str(caught.value)
 
 
+def flip(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 0x10
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["weights/vit.safetensors", "out/run/fusion.safetensors"])
+def test_a_flipped_byte_is_noticed(name, trained):
+    """One anywhere in the data gave other captions in silence, and one in the header another config."""
+    file = checkpoint.Path(name)
+    size = file.stat().st_size
+    for at in [*range(0, size, size // 60), size - 1]:
+        flip(file, at)
+        with pytest.raises(UserError) as caught:
+            checkpoint.read_tensors(file)
+        assert "\n" not in str(caught.value)
+        flip(file, at)
+    assert same(VisionGPT.from_pretrained("out/run", device="cpu"), trained)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_values_that_are_none_are_neither_saved_nor_loaded(value, trained, tmp_path):
+    tensors = {"a": torch.ones(3, 2), "b": torch.ones(3, 2)}
+    tensors["b"][2, 1] = value
+    with pytest.raises(UserError, match="cannot write .*: b holds NaN"):
+        checkpoint.write_tensors(tmp_path / "file.safetensors", tensors)
+    assert not list(tmp_path.glob("file*"))
+    fusion = checkpoint.read_tensors("out/run/fusion.safetensors")
+    fusion["resampler.latents"] = fusion["resampler.latents"] * value
+    save_file(fusion, "out/run/fusion.safetensors")                    # as an older version, without checksum
+    with pytest.raises(UserError, match="cannot use out/run/fusion.safetensors: resampler.latents holds NaN"):
+        VisionGPT.from_pretrained("out/run")
+
+
+def test_weights_from_before_the_checksum_load(trained):
+    save_file(checkpoint.read_tensors("out/run/fusion.safetensors"), "out/run/fusion.safetensors")
+    config = json.loads(checkpoint.Path("out/run/config.json").read_text())
+    config["model"]["vit"]["patch_dropout"] = 0.5                      # a setting that is gone
+    checkpoint.Path("out/run/config.json").write_text(json.dumps(config))
+    assert same(VisionGPT.from_pretrained("out/run", device="cpu"), trained)
+
+
+def test_what_is_no_file_and_no_weight_is_refused(trained):
+    checkpoint.write_tensors("ints.safetensors", {"a": torch.zeros(2, dtype=torch.int64)})
+    with pytest.raises(UserError, match="types that are not for weights: a torch.int64"):
+        checkpoint.load_strict(trained, checkpoint.read_tensors("ints.safetensors"), "ints")
+    os.remove("out/run/fusion.safetensors")
+    os.mkfifo("out/run/fusion.safetensors")                            # reading it would wait for ever
+    with pytest.raises(UserError, match="fusion.safetensors is not a file"):
+        VisionGPT.from_pretrained("out/run")
+    os.remove("out/run/config.json")
+    os.mkfifo("out/run/config.json")
+    with pytest.raises(UserError, match="config.json"):
+        VisionGPT.from_pretrained("out/run")
+
+
 def test_a_model_that_does_not_fit_is_described(trained):
     tensors = trained.state_dict()
     wrong = {name: t for name, t in tensors.items() if name != "gpt2.ln_f.bias"} | {

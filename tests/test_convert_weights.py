@@ -507,6 +507,14 @@ def test_published_checkpoint_with_a_damaged_layout_is_refused(tmp_path):
 # refusals
 
 
+def bomb(file):
+    """An .npz of 64 kB that unpacks to 64 MB."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("cls.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, dict(descr="<f4", fortran_order=False, shape=(1 << 24,)))
+        member.write(bytes(1 << 26))
+    return file
+
+
 def bad_files(folder):
     """{what the message says: (kind, file)} of files that are not what they should be."""
     class Code:
@@ -526,6 +534,9 @@ def bad_files(folder):
     distilled = torch.load(FIXTURES / "timm.pth") | {"dist_token": torch.zeros(1, 1, 12)}
     swapped = state | {"encoder.ln.weight": torch.ones(13)}
     np.savez(folder / "objects.npz", **{"embedding/kernel": np.array([Code()], dtype=object)})
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    os.mkfifo(folder / "pipe.pth")
     return {
         "no such file": folder / "nothing.pth",
         "web page": write("page.bin", b"\n<!DOCTYPE html><html>login</html>"),
@@ -551,6 +562,21 @@ def bad_files(folder):
             folder / "flat.pth", state | {"conv_proj.weight": torch.zeros(12)}),
         "6 positions": save(
             folder / "positions.pth", state | {"encoder.pos_embedding": torch.zeros(1, 6, 12)}),
+        "NaN.* infinite": save(folder / "nan.pth", state | {"encoder.ln.bias": torch.full((12,), torch.nan)}),
+        "absurdly large": save(folder / "large.pth", state | {"encoder.ln.bias": torch.full((12,), 1e30)}),
+        "torch.int64": save(folder / "ints.pth", state | {"encoder.ln.bias": torch.zeros(12).long()}),
+        r"\(\), no weights": save(folder / "scalar.pth", state | {"class_token": torch.zeros(())}),
+        "not a plain tensor": save(folder / "sparse.pth", state | {"class_token": torch.eye(3).to_sparse()}),
+        "far larger than what it holds": save(
+            folder / "expanded.pth", state | {"encoder.ln.bias": torch.zeros(1).expand(1 << 40)}),
+        r"unknown 'encoder\.layers\.encoder_layer_1000000000\.ln_1\.bias'": save(
+            folder / "number.pth", state | {
+                "encoder.layers.encoder_layer_1000000000.ln_1.bias": torch.zeros(12)}),
+        "3 layers whose numbers have gaps": save(folder / "gap.pth", state | {
+            "encoder.layers.encoder_layer_999.ln_1.bias": torch.zeros(12)}),
+        "it is not a file": folder / "pipe.pth",
+        "would unpack to more than 10 times": bomb(folder / "bomb.npz"),
+        "does not match its checksum": write("flipped.pth", flipped),
     }
 
 
@@ -584,6 +610,58 @@ def test_gpt2_files_that_are_not_one_get_one_clear_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no weights"):
         load_gpt2(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("config.json", dict(num_attention_heads="x"), "config.json: num_attention_heads is 'x'"),
+    ("config.json", dict(num_attention_heads=0), "num_attention_heads is 0, but must be a whole"),
+    ("config.json", dict(num_attention_heads=10**30), "num_attention_heads is 1000"),
+    ("config.json", dict(num_attention_heads=5), "cannot be split over 5 heads"),
+    ("config.json", dict(layer_norm_eps=float("nan")), "layer_norm_eps is nan"),
+    ("config.json", dict(hidden_act=["gelu"]), "hidden_act is a list"),
+    ("config.json", dict(vision_config=3), "vision_config is 3"),
+    ("config.json", dict(pretrained_cfg=dict(mean=[1])), "pretrained_cfg"),
+    ("config.json", None, "config.json is damaged: it is nested too deeply"),
+    ("preprocessor_config.json", dict(size={}), "holds no size"),
+    ("preprocessor_config.json", dict(size={"height": -1}), "size.height is -1"),
+    ("preprocessor_config.json", dict(image_std=[0, 0, 0]), "image_std.0 is 0"),
+    ("preprocessor_config.json", dict(image_mean=[0.5]), "image_mean is a list of 1"),
+    ("preprocessor_config.json", dict(do_center_crop=True, crop_size=None), "holds no size")])
+def test_configs_beside_the_weights_are_not_trusted(tmp_path, name, change, message):
+    """Each of these ended in a traceback from wherever the value was used."""
+    import transformers
+    transformers.ViTModel(transformers.ViTConfig(**TINY_VIT)).save_pretrained(tmp_path)
+    file = tmp_path / name
+    content = json.loads(file.read_text()) if name == "config.json" else dict(
+        image_mean=[0.5] * 3, image_std=[0.5] * 3, size=8)
+    file.write_text("[" * 100_000 if change is None else json.dumps(content | change))
+    with pytest.raises(UserError, match=message) as caught:
+        load_vit(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["torchvision.pth", "google.npz", "timm.safetensors", "tensorflow"])
+def test_any_damage_gives_one_line_or_finite_weights(name, tmp_path):
+    """Bytes changed at random, in the headers above all: no traceback, no endless loop, no NaN."""
+    if name == "timm.safetensors":
+        checkpoint.save_file(torch.load(FIXTURES / "timm.pth"), tmp_path / name)
+    elif name == "tensorflow":
+        shutil.copytree(FIXTURES / name, tmp_path, dirs_exist_ok=True)
+    else:
+        shutil.copy(FIXTURES / name, tmp_path)
+    file = tmp_path / ("model.ckpt.index" if name == "tensorflow" else name)
+    content, random = file.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(content)
+        for at in random.integers(0, random.choice([300, len(content)]), random.choice([1, 4])):
+            damaged[at] = random.integers(256)
+        length = random.choice([len(content), random.integers(len(content))], p=[0.7, 0.3])
+        file.write_bytes(damaged[:length])
+        try:
+            module, _ = (load_gpt2 if name == "tensorflow" else load_vit)(file, heads=3)
+            assert all(p.isfinite().all() for p in module.parameters())
+        except UserError as error:
+            assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("damage", ["data cut", "index cut", "index changed", "data missing"])

@@ -1,24 +1,30 @@
 """Downloads from a server on this machine that can be told to misbehave."""
 
+import contextlib
 import hashlib
 import http.server
 import os
 import threading
+import time
 
 import pytest
 
-from lib import download
+from lib import cli, download
 from lib.cli import UserError
 
 CONTENT = bytes(range(256)) * 1000
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT; `cut` connections end after a fifth of it, `status` is an answer instead of it."""
+    """Serves CONTENT; `cut` connections end after a fifth of it, `status` is an answer instead of it.
+
+    `drip` sends "headers" or "body" a byte at a time; `length` is a false Content-Length.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.cut, self.status, self.ranges, self.requests = 0, None, True, []
+        self.drip = self.length = None
         self.kind = "application/octet-stream"
         self.url = f"http://127.0.0.1:{self.server_port}/file"
 
@@ -29,6 +35,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.requests.append(asked)
         if server.status:
             return self.send_error(server.status)
+        if self.path in ("/relative", "/loop"):
+            self.send_response(302)
+            self.send_header("Location", "file" if self.path == "/relative" else self.path)
+            return self.end_headers()
+        if server.drip == "headers":
+            return self.trickle(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500)
         first = int(asked[len("bytes=") : -1]) if asked and server.ranges else 0
         if first >= len(CONTENT):
             self.send_response(416)
@@ -38,13 +50,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.send_header("Content-Type", server.kind)
-        self.send_header("Content-Length", str(len(CONTENT) - first))
+        self.send_header("Content-Length", server.length or str(len(CONTENT) - first))
         self.end_headers()
         body = CONTENT[first:]
         if server.cut:
             server.cut -= 1
             body = body[: len(CONTENT) // 5]
-        self.wfile.write(body)
+        self.trickle(body) if server.drip else self.wfile.write(body)
+
+    def trickle(self, content):
+        with contextlib.suppress(OSError):
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.01)
 
     def log_message(self, *args):
         pass
@@ -141,3 +159,42 @@ def test_download_to_a_full_disk_says_so(server, tmp_path):
     (tmp_path / "file.partial").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write .*No space left"):
         download.download_file(server.url, tmp_path / "file")
+
+
+@pytest.mark.parametrize("drip", ["headers", "body"])
+def test_download_from_a_server_that_trickles_ends(server, tmp_path, monkeypatch, drip):
+    """Each read ended in time, so that a byte a second held the program for ever."""
+    monkeypatch.setattr(download, "STALL", 0.1)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    server.drip = drip
+    with pytest.raises(UserError, match="no answer within|the server sent [0-9]+ bytes in"):
+        download.download_file(server.url, tmp_path / "file")
+    assert not (tmp_path / "file").exists() and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("length", ["many", "-5"])
+def test_download_with_a_content_length_that_is_none_is_complete(server, tmp_path, length):
+    server.length = length
+    assert download.download_file(server.url, tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_download_follows_redirects_to_their_end(server, tmp_path, capsys):
+    root = server.url.removesuffix("/file")
+    assert download.download_file(f"{root}/relative", tmp_path / "file").read_bytes() == CONTENT
+    with pytest.raises(UserError, match="HTTP 302 .*infinite loop") as caught:
+        download.download_file(f"{root}/loop", tmp_path / "other")
+    assert "\n" not in str(caught.value) and capsys.readouterr().err == ""
+
+
+def test_download_tells_of_its_failures_once(server, tmp_path, capsys):
+    server.status = 500
+    with pytest.raises(UserError, match="HTTP 500"):
+        download.download_file(server.url, tmp_path / "file")
+    assert capsys.readouterr().err.count("trying again") == 1 and len(server.requests) == download.ATTEMPTS
+
+
+def test_two_downloads_of_one_file_do_not_mix(server, tmp_path):
+    with open(tmp_path / "file.partial", "ab") as file:
+        cli.lock(file, "")
+        with pytest.raises(UserError, match="another process is downloading"):
+            download.download_file(server.url, tmp_path / "file")

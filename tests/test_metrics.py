@@ -42,18 +42,6 @@ def test_score_equals_coco_caption():
         assert per_image[name] == pytest.approx(COCO["per_image"][name], abs=1e-9)
 
 
-def test_meteor_equals_coco_caption():
-    value = metrics.meteor(COCO["candidates"], COCO["references"])
-    if value is None:
-        pytest.skip("pycocoevalcap or Java is missing")
-    assert value == pytest.approx(COCO["meteor"], abs=1e-6)
-
-
-def test_meteor_without_java_is_none(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert metrics.meteor(["a dog"], [["a dog"]]) is None
-
-
 def test_score_of_flickr8k_people_equals_coco_caption():
     """The fifth caption of each test image against the other four; figures from the Java pipeline."""
     if not SHARED.exists():

@@ -17,8 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from lib.caption_formats import Caption, File, basename, csv_rows, match_pictures, normalize_path, parse_rows
+from lib import caption_formats
+from lib.caption_formats import (
+    Caption,
+    File,
+    basename,
+    csv_rows,
+    match_pictures,
+    normalize_path,
+    parse_rows,
+    read_captions,
+)
 from lib.cli import UserError
+from lib.images import MAX_IMAGE_BYTES
 from prepare_flickr8k import PrepareConfig, assign_splits, collect, first_images, prepare
 from tokenizer import Tokenizer
 
@@ -315,8 +326,7 @@ def test_prepared_set_holds_pictures_tokens_and_splits(given_set):
     for name, image in zip(written.names, written.images):
         assert image.shape == (8, 8, 3) and (image == colour(name)).all()
     assert written.references(2) == ["A dog 0 , in 3.jpg .", "A dog 1 , in 3.jpg ."]
-    (rows,) = written.caption_tokens([2])
-    assert BYTES.decode(rows[0].tolist()) == "A dog 0, in 3.jpg."
+    assert BYTES.decode(written.caption_tokens([2])[0][0].tolist()) == "A dog 0, in 3.jpg."
     assert set(os.listdir(given_set.out)) == {
         "images.bin", "tokens.bin", "index.npz", "captions.json", "tokenizer.json", "meta.json"}
     meta = json.loads((Path(given_set.out) / "meta.json").read_text())
@@ -330,8 +340,8 @@ def test_prepared_set_holds_pictures_tokens_and_splits(given_set):
 def test_raw_captions_keep_their_spaces(given_set):
     given_set.raw_captions = True
     prepare(given_set, BYTES)
-    (rows,) = data.CaptionSet(given_set.out).caption_tokens([2])
-    assert BYTES.decode(rows[0].tolist()) == "A dog 0 , in 3.jpg ."
+    tokens = data.CaptionSet(given_set.out).caption_tokens([2])[0][0]
+    assert BYTES.decode(tokens.tolist()) == "A dog 0 , in 3.jpg ."
 
 
 def test_second_run_does_nothing_until_something_changes(given_set):
@@ -385,7 +395,7 @@ def test_clean_caption(text, clean):
     ("c.csv", b"image,caption\n1.jpg,\n", "none of the captions .* can be used; .*: c.csv line 2"),
     ("c.csv", b"image,caption,split\n1.jpg,a dog,seven\n", "none of 1 images is in train, val or test"),
     ("c.jsonl", b'{"image": "1.jpg"\n[]\n', "broken entries: c.jsonl line 1, c.jsonl line 2"),
-    ("c.json", b'{"images": [', "c.json is not JSON"),
+    ("c.json", b'{"images": [', "c.json is damaged: Expecting value"),
     ("c.json", b'{"images": [{"id": 1}], "annotations": []}', "neither COCO's JSON, nor Karpathy's"),
     ("c.json", b"3", "neither COCO's JSON, nor Karpathy's"),
     ("c.zip", b"PK but cut", "not a complete zip archive")])
@@ -404,8 +414,50 @@ def test_paths_without_pictures_or_captions_are_named(tmp_path):
         gather(text)
     with pytest.raises(UserError, match="no captions in .*i; name the file"):
         gather(draw(tmp_path / "i"))
-    with pytest.raises(UserError, match="image-size"):
+    with pytest.raises(UserError, match="image_size"):
         PrepareConfig(image_size=0)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("deep.json", b"[" * 100_000), ("deep.jsonl", b"[" * 100_000), ("digits.json", b"9" * 5000),
+    ("null.json", b"null"), ("empty.json", b'{"images": []}'), ("returns.csv", b"image,caption\r1.jpg\r\r"),
+    ("quote.csv", b'image,"caption'), ("field.csv", b"image,caption\n1.jpg," + b"x" * 200_000),
+    ("long.csv", b"image,caption\n1.jpg," + b"x" * 11_000)])
+def test_odd_caption_files_end_in_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        gather(draw(tmp_path / "i"), tmp_path / name)
+    assert str(caught.value).isprintable() and name in str(caught.value)
+
+
+FIELDS = st.sampled_from(["images", "annotations", "id", "image_id", "file_name", "filename", "sentences",
+                          "raw", "caption", "split", "image", "cocoid", "caption_0"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+JSON = st.recursive(SCALARS, lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=4)), max_leaves=12)
+
+
+@settings(deadline=None)
+@given(JSON, st.sampled_from(["json", "jsonl"]))
+def test_json_of_any_shape_gives_captions_or_one_line(content, suffix):
+    file = File(f"x.{suffix}", lambda: io.BytesIO(json.dumps(content).encode()), ())
+    try:
+        captions, *_, broken = read_captions([file])
+    except UserError as error:
+        assert str(error).isprintable() and "x.json" in str(error)
+    else:
+        assert all(isinstance(text, str) for c in captions for text in (c.image, c.text, c.split))
+        assert all(place.startswith("x.") for place in broken)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=80) | st.text('a,"#0\t\n\r|é', max_size=60).map(str.encode),
+       st.sampled_from(["txt", "json", "jsonl"]), st.sampled_from([b"", b"image,caption\n", b"1.jpg#0\t"]))
+def test_any_bytes_give_captions_or_one_line(content, suffix, beginning):
+    try:
+        read_captions([File(f"x.{suffix}", lambda: io.BytesIO(beginning + content), ())])
+    except UserError as error:
+        assert str(error).isprintable()
 
 
 def test_broken_rows_are_skipped_and_named(tmp_path):
@@ -413,6 +465,74 @@ def test_broken_rows_are_skipped_and_named(tmp_path):
     images, _, skipped = gather(draw(tmp_path / "i"), path)
     assert list(images) == ["2.jpg"]
     assert skipped["broken entries of the captions"] == ["c.csv line 2", "c.csv line 4"]
+
+
+def test_zip_archives_have_limits(tmp_path, monkeypatch):
+    """On the size of a member and on the number of them; unusual compressions are not read at all."""
+    folder = draw(tmp_path / "i", ["1.jpg", "2.jpg"])
+    path = zipped(folder, tmp_path / "p.zip")
+    captions = write(tmp_path / "c.csv", "image,caption\n" + "".join(f"{name},a dog\n" for name in NAMES))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("3.jpg", bytes(MAX_IMAGE_BYTES + 1), zipfile.ZIP_DEFLATED)
+        archive.writestr("4.jpg", (folder / "1.jpg").read_bytes(), zipfile.ZIP_LZMA)
+    summary = prepare(PrepareConfig(str(path), [str(captions)], str(tmp_path / "out"), image_size=8), BYTES)
+    assert "skipped unreadable pictures (2): 3.jpg, 4.jpg" in summary
+    monkeypatch.setattr(caption_formats, "MAX_FILES", 1)
+    for pictures in (path, folder):
+        with pytest.raises(UserError, match="holds more than 1 files"):
+            gather(pictures, captions)
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.zip")
+    captions = write(tmp_path / "c.csv", "image,caption\n1.jpg,a dog\n")
+    for path in (tmp_path / "pipe.zip", "/dev/zero"):
+        for arguments in ((path, captions), (tmp_path, path)):
+            with pytest.raises(UserError, match=f"{path} is a pipe or a device"):
+                gather(*arguments)
+
+
+@pytest.mark.parametrize("name", data.SET_FILES)
+def test_files_that_are_not_of_a_set_are_never_replaced(given_set, name):
+    write(Path(given_set.out) / name, "my work")
+    with pytest.raises(UserError, match=f"holds a file {name} that would be replaced"):
+        prepare(given_set, BYTES)
+    assert [(p.name, p.read_text()) for p in Path(given_set.out).iterdir()] == [(name, "my work")]
+    os.remove(f"{given_set.out}/{name}")
+    write(Path(given_set.out) / "thesis.txt", "my work")
+    prepare(given_set, BYTES)
+    assert Path(given_set.out, "thesis.txt").read_text() == "my work"
+
+
+def test_run_that_was_killed_is_begun_again_and_two_at_once_are_refused(given_set):
+    with pytest.raises(KeyboardInterrupt), data.set_folder(given_set.out):
+        data.write_images(given_set.out, [np.zeros((8, 8, 3), np.uint8)], 8)
+        with pytest.raises(UserError, match="another run is writing"):
+            prepare(given_set, BYTES)
+        raise KeyboardInterrupt                                     # and so is half of a set left
+    prepare(given_set, BYTES)
+    assert len(data.CaptionSet(given_set.out).images) == 5 and len(os.listdir(given_set.out)) == 6
+
+
+@pytest.mark.parametrize("meta", ["", "[]", '{"images": 3}', '{"source": 7}'])
+def test_damaged_meta_json_is_not_taken_for_a_set(given_set, meta):
+    prepare(given_set, BYTES)
+    write(Path(given_set.out) / "meta.json", meta)
+    with pytest.raises(UserError, match="that would be replaced but is not of a prepared set"):
+        prepare(given_set, BYTES)
+
+
+def test_names_with_line_breaks_and_other_bytes_are_one_line(tmp_path, capsys):
+    name, out = os.fsdecode(b"a\nb \xff.jpg"), str(tmp_path / "out\n")
+    folder = draw(tmp_path / "i", ["1.jpg"])
+    os.rename(folder / "1.jpg", folder / name)
+    captions = write(tmp_path / "c.json", [{"image": name, "caption": "x", "split": "train"},
+                                           {"image": name, "caption": "x", "split": "x\n"},
+                                           {"image": "\ud800\n", "caption": "y", "split": "train"}])
+    summary = prepare(PrepareConfig(str(folder), [str(captions)], out, image_size=8), BYTES)
+    assert all(line.isprintable() for line in summary.split("\n")) and summary.count("\n") == 2
+    assert all(line.isprintable() for line in capsys.readouterr().err.splitlines())
+    assert data.CaptionSet(out).names == [name]
 
 
 def test_command_line_says_what_is_wrong_in_one_line(tmp_path):

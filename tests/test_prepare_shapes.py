@@ -135,9 +135,16 @@ def test_prepare_is_the_same_for_the_same_seed(tmp_path):
 
 def test_prepare_refuses_sizes_that_cannot_be(tmp_path):
     for changes in (dict(train_scenes=0), dict(eval_scenes=0), dict(image_size=16)):
-        with pytest.raises(UserError, match=next(iter(changes)).replace("_", "-")):
+        with pytest.raises(UserError, match=next(iter(changes))):
             shapes.prepare(small(tmp_path / "set", **changes))
     assert not (tmp_path / "set").exists()
+
+
+def test_prepare_never_replaces_files_that_are_not_of_a_set(tmp_path):
+    (tmp_path / "scenes.jsonl").write_text("my work")
+    with pytest.raises(UserError, match="holds a file scenes.jsonl"):
+        shapes.prepare(small(tmp_path))
+    assert (tmp_path / "scenes.jsonl").read_text() == "my work" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_script_prints_a_summary(tmp_path):

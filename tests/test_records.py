@@ -38,13 +38,14 @@ class Outer:
     later: int = field(default=7, metadata=dict(optional=True))
 
 
-GOOD = dict(count=1, rate=2, on=True, pair=[0, 1.5], whole=[1, 2, 3], texts=["x", "\ud800"], table={"k": [1, 2]}, mode=None,
-            inner=dict(name="n", odd=3))
+GOOD = dict(count=1, rate=2, on=True, pair=[0, 1.5], whole=[1, 2, 3], texts=["x", "\ud800"],
+            table={"k": [1, 2]}, mode=None, inner=dict(name="n", odd=3))
 
 
 def test_whole_object_is_read():
     read = parse_json(Outer, json.dumps(GOOD), "f")
-    assert read == Outer(1, 2.0, True, (0.0, 1.5), (1, 2, 3), ["x", "\ud800"], {"k": [1, 2]}, None, Inner("n", 3), 7)
+    assert read == Outer(1, 2.0, True, (0.0, 1.5), (1, 2, 3), ["x", "\ud800"], {"k": [1, 2]}, None,
+                         Inner("n", 3), 7)
     assert type(read.rate) is type(read.pair[0]) is float
 
 

@@ -1,6 +1,7 @@
 """The sentences about a drawn scene: what is true of it, and that the judge takes nothing else."""
 
 import itertools
+import json
 import random
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_shapes as shapes
-from lib.scenes import COLUMN, PLACES, ROW, judge, true_captions
+from lib.cli import UserError
+from lib.scenes import COLUMN, PLACES, ROW, judge, read_scenes, true_captions
 
 scenes = st.integers(0, 1 << 32).map(lambda seed: shapes.random_scene(random.Random(seed)))
 GROUPS = [list(shapes.SIZES), list(shapes.COLOURS), list(shapes.SHAPES), ["one", "two", "three"],
@@ -113,3 +115,29 @@ def test_judge_takes_objects_that_look_the_same():
     assert judge(f"{star}, {star} and {star} from top to bottom", scene)
     assert not judge(f"{star}, {star} and {star} from left to right", scene)
     assert not judge(f"{star} and {star} from top to bottom", scene)
+
+
+SCALARS = st.none() | st.integers() | st.floats() | st.text(max_size=3)
+OBJECT = st.dictionaries(st.sampled_from(["size", "colour", "shape", "x", "y"]), SCALARS)
+LINE = st.fixed_dictionaries({"arrangement": st.sampled_from([ROW, "", 3]),
+                              "objects": st.lists(OBJECT, max_size=4)})
+
+
+@settings(deadline=None)
+@given(LINE | SCALARS | st.lists(SCALARS))
+def test_read_scenes_gives_scenes_that_can_be_judged_or_one_line(tmp_path_factory, line):
+    file = tmp_path_factory.getbasetemp() / "scenes.jsonl"
+    good = shapes.random_scene(random.Random(0))
+    file.write_text(json.dumps(good) + "\n" + json.dumps(line))
+    try:
+        scenes = read_scenes(file.parent, 2)
+    except UserError as error:
+        assert "scenes.jsonl line 2" in str(error)
+    else:
+        assert scenes == [good, line] and not judge("a dog", scenes[1])
+
+
+def test_read_scenes_counts_the_lines(tmp_path):
+    (tmp_path / "scenes.jsonl").write_text(json.dumps(shapes.random_scene(random.Random(0))) + "\n")
+    with pytest.raises(UserError, match="1 lines for 2 images"):
+        read_scenes(tmp_path, 2)

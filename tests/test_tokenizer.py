@@ -119,8 +119,8 @@ def test_merges_that_look_like_comments_are_read(tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("merges.txt", "#version: 0.2\na b\n", "257 tokens, GPT-2 has 50256"),
-    ("merges.txt", "a b c\n", "is no merges.txt"),
-    ("merges.txt", "日 本\n", "is no merges.txt"), ("a.tiktoken", "!!! x\n", "is no merges.txt"),
+    ("merges.txt", "a b c\n", "is not a merges.txt"),
+    ("merges.txt", "日 本\n", "is not a merges.txt"), ("a.tiktoken", "!!! x\n", "is no merges.txt"),
     ("merges.txt", b"\xff\xfe", "cannot read"), ("merges.txt", None, "cannot read")])
 def test_a_wrong_table_is_one_line(name, content, message, tmp_path):
     if content is not None:
@@ -151,10 +151,10 @@ def test_tokenizer_file_gives_the_same_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "is missing"), ("{", "is damaged"), ("[]", "is damaged"), ("{}", "is damaged"),
+    (None, "is missing"), ("{", "is damaged"), ("[]", "must be an object"), ("{}", "lacks the field"),
     (dict(ranks=["YQ", "!"]), "is damaged"), (dict(ranks=["YQ==", "YQ=="]), "is damaged"),
     (dict(pattern="."), "is damaged"),
-    (dict(specials={}), "is damaged"), (dict(ranks=3), "is damaged")])
+    (dict(specials={}), "is damaged"), (dict(ranks=3), "ranks is 3")])
 def test_a_damaged_tokenizer_file_is_one_line(content, message, tmp_path):
     TRAINED.save(tmp_path)
     file = tmp_path / "tokenizer.json"
