@@ -62,7 +62,7 @@ class CaptionSet:
             return read(*args)
         except FileNotFoundError:
             raise UserError(f"{self.folder} is not a prepared dataset: make one with python "
-                            f"prepare_flickr8k.py (or prepare_shapes.py) and name its folder with --data") from None
+                            f"prepare_flickr8k.py or prepare_shapes.py, and name it with --data") from None
 
     def split(self, name):
         """Indices of a split's images that have captions. Raises UserError when there are none."""
