@@ -11,10 +11,9 @@ write complete checkpoints. lib/weight_formats.py describes the formats.
 """
 
 import math
-import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +23,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gpt2 import GPT2, GPT2Config
-from lib import checkpoint, cli, weight_formats
+from lib import checkpoint, cli, records, weight_formats
 from lib.cli import UserError, flag
-from lib.download import download_file
+from lib.download import HUB, download_file
+from lib.hub import local_or_hub, model_card
 from lib.images import load_image, normalize
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
 from tokenizer import Tokenizer
 from vit import ViT, ViTConfig
 
-HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 DOWNLOADS = {                                # file -> (address, SHA-256 or its first digits)
     "vit_b_16-c867db91.pth": ("https://download.pytorch.org/models/vit_b_16-c867db91.pth", "c867db91"),
     "gpt2/model.safetensors": (f"{HUB}/openai-community/gpt2/resolve/main/model.safetensors",
@@ -41,7 +40,7 @@ DOWNLOADS = {                                # file -> (address, SHA-256 or its 
     "gpt2/merges.txt": (f"{HUB}/openai-community/gpt2/resolve/main/merges.txt",
                         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")}
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "fusion.safetensors",
-                    "training_state.pt")
+                    "training_state.pt", "README.md")
 GPT2_VOCAB_SIZE = 50257
 VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}        # by width, where the source does not say
 GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
@@ -49,10 +48,11 @@ GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
 
 @dataclass
 class ConvertConfig:
-    vit: str | None = flag(None, "ViT weights to convert", metavar="FILE|DIR")
-    gpt2: str | None = flag(None, "GPT-2 weights to convert", metavar="FILE|DIR")
+    vit: str | None = flag(None, "ViT weights to convert", metavar="FILE|DIR|HUB_NAME")
+    gpt2: str | None = flag(None, "GPT-2 weights to convert", metavar="FILE|DIR|HUB_NAME")
     vision_gpt: str | None = flag(None, "published Vision-GPT to convert", metavar="FILE|HUB_NAME")
-    checkpoint: str | None = flag(None, "trained checkpoint to turn into a stand-alone model", metavar="DIR")
+    checkpoint: str | None = flag(None, "trained checkpoint to turn into a stand-alone model",
+                                  metavar="DIR|HUB_NAME")
     weights: str | None = flag(None, "another folder to look for --checkpoint's backbones in", metavar="DIR")
     out: str | None = flag(None, "folder to write: weights, weights/vision-gpt or DIR-<dtype>", metavar="DIR")
     dtype: str = flag("auto", "dtype to store the tensors in; auto means float32", choices=cli.DTYPES)
@@ -274,11 +274,12 @@ def convert_backbones(settings, dtype):
         vit_path, gpt2_path, _ = (download_file(url, Path("downloads") / name, digest)
                                   for name, (url, digest) in DOWNLOADS.items())
     if vit_path:
-        vit, fmt = load_vit(vit_path, settings.heads, settings.image_size)
+        vit, fmt = load_vit(local_or_hub(vit_path), settings.heads, settings.image_size)
         write_backbone("vit", vit, fmt, out, dtype)
         if settings.check:
             check_vit(vit, settings.check)
     if gpt2_path:
+        gpt2_path = local_or_hub(gpt2_path)
         gpt2, fmt = load_gpt2(gpt2_path, settings.heads)
         size = gpt2.config.vocab_size
         tokenizer = find_tokenizer(size, folder_of(gpt2_path))
@@ -294,11 +295,10 @@ def convert_backbones(settings, dtype):
 
 
 def convert_published(settings, dtype):
-    path, out = Path(settings.vision_gpt), Path(settings.out or "weights/vision-gpt")
+    out = Path(settings.out or "weights/vision-gpt")
     refuse_existing(out, *CHECKPOINT_FILES)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", settings.vision_gpt):
-        path = download_file(f"{HUB}/{settings.vision_gpt}/resolve/main/model_fp32/model_checkpoint.pth",
-                             Path("downloads") / path.name / "model_checkpoint.pth")
+    path = local_or_hub(settings.vision_gpt)
+    path = path / "model_fp32" if (path / "model_fp32").is_dir() else path
     model, fmt = load_published(path, settings.heads)
     folder = folder_of(path)
     model.tokenizer = find_tokenizer(model.config.gpt2.vocab_size, folder, folder / "tokenizer")
@@ -310,11 +310,15 @@ def convert_published(settings, dtype):
 
 
 def convert_checkpoint(settings, dtype):
-    folder = Path(settings.checkpoint)
+    folder = local_or_hub(settings.checkpoint)
     out = Path(settings.out or f"{folder.resolve()}-{str(dtype).removeprefix('torch.')}")
     refuse_existing(out, *CHECKPOINT_FILES)
     model = VisionGPT.from_pretrained(folder, device="cpu", weights=settings.weights)
-    write_checkpoint(model, "trained Vision-GPT", out, dtype, checkpoint.read_config(folder).get("training"))
+    training = checkpoint.read_config(folder).get("training") or {}
+    write_checkpoint(model, "trained Vision-GPT", out, dtype, training)
+    scores = folder / "scores.json"
+    scores = records.read_json(dict, scores) if scores.exists() else {}
+    (out / "README.md").write_text(model_card(asdict(model.config), training, scores))
     if settings.check:
         print(model.caption(settings.check))
 

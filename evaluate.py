@@ -108,7 +108,7 @@ def caption_images(model: VisionGPT, data: CaptionSet, images: np.ndarray, seen:
 
 def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str, tuple]]:
     """The set, its images, and {"real": what `caption_images` returns, "shuffled": the same as a control}."""
-    folder = config.checkpoint or checkpoint.find_checkpoint()
+    folder = checkpoint.find_checkpoint(config.checkpoint)
     trained = checkpoint.read_config(folder).get("training") or {}
     model = load_model(folder, config)
     data = CaptionSet(config.data or str(trained.get("data") or DATA), model.require_tokenizer())

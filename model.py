@@ -263,13 +263,13 @@ class VisionGPT(nn.Module):
     @classmethod
     def from_pretrained(cls, folder=None, device="auto", dtype: torch.dtype | None = None,
                         weights=None) -> "VisionGPT":
-        """A checkpoint folder, by default the one that sample.py would choose -> the model in eval mode.
+        """A checkpoint folder or hub name, by default what sample.py would choose -> the model in eval mode.
 
         `dtype` None is float32 on the CPU and the stored one on a GPU; `weights` is a further folder to look
         for frozen backbones in. Raises UserError when something is missing, damaged, or not what the fusion
         was trained with.
         """
-        folder, device = Path(folder or checkpoint.find_checkpoint()), pick_device(device)
+        folder, device = checkpoint.find_checkpoint(folder), pick_device(device)
         config = checkpoint.read_config(folder)
         model = checkpoint.build_empty(cls, VisionGPTConfig, config.get("model"), folder)
         if (folder / "tokenizer.json").exists():

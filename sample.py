@@ -190,7 +190,7 @@ def main(args: list[str] | None = None) -> int:
     if not config.images and not EXAMPLES.is_dir():
         raise UserError("name a picture, as in python sample.py dog.jpg; see --help")
     sources, missing = find_pictures(config.images or [os.path.relpath(EXAMPLES)])
-    folder = config.checkpoint or checkpoint.find_checkpoint()
+    folder = checkpoint.find_checkpoint(config.checkpoint)
     cli.check_outputs(config, "json", "csv", pictures=["save", "attention"],
                       inputs=[*sources, Path(folder, "config.json"), Path(folder, "tokenizer.json")])
     if not sources:

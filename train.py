@@ -24,10 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fast
 import prepare_shapes
-from data import CaptionSet, ImageInputs, clean_caption, collate, epoch_batches, load_ahead, pin, to_device
+from data import CaptionSet, ImageInputs, collate, epoch_batches, load_ahead, pin, to_device
 from gpt2 import GPT2Config
 from lib import checkpoint, cli, figures, records
 from lib.cli import UserError, flag
+from lib.prepared_set import clean_caption
 from lib.runs import RUN_FILES, Log, cpu_threads, peak_memory, run_folder, stop_signal
 from lib.scenes import judge, read_scenes
 from model import VisionGPT, VisionGPTConfig

@@ -303,13 +303,14 @@ def parquet_rows(file: File, pictures: list) -> list[tuple]:
                 opened = functools.partial(parquet_picture, table, group, index)
                 pictures.append(File(image, opened, (len(rows), *file.stamp)))
                 rows.append((f"row {len(rows)}", {**row, "image": image}))
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file.path} is not a complete parquet file: {error}") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
+        raise UserError(f"{file.path} is not a complete parquet file; download or copy it again") from None
     return rows
 
 
 def parquet_picture(table, group, index):
-    return io.BytesIO(parquet_pictures(table, group)[index]["bytes"])
+    cells = parquet_pictures(table, group)[index : index + 1]               # a damaged file may have fewer
+    return io.BytesIO(cells[0]["bytes"] if cells and cells[0] and cells[0].get("bytes") else b"")
 
 
 @functools.lru_cache(maxsize=1)                      # pictures are read in order, one group at a time

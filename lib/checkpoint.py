@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lib import records
 from lib.cli import UserError, atomic
+from lib.hub import local_or_hub
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 65504                    # float16 holds no more; the weights of a sound model stay far below
@@ -192,8 +193,13 @@ def read_config(folder: str | Path) -> dict:
     return config
 
 
-def find_checkpoint() -> Path:
-    """If none is named: the newest under out/ trained on photographs, the published model, assets/mini."""
+def find_checkpoint(name: str | Path | None = None) -> Path:
+    """The folder of that name, or of the hub's repository, which is downloaded.
+
+    If none is named: the newest under out/ trained on photographs, the published model, assets/mini.
+    """
+    if name:
+        return local_or_hub(name)
     trained = []
     for file in Path("out").glob("*/config.json"):
         try:

@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -16,12 +17,14 @@ from pathlib import Path
 from lib import cli
 from lib.cli import UserError
 
+HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 CHUNK = 1 << 20
 ATTEMPTS = 4                       # in a row that received less than SLOWEST
 PAUSE = 0.5                        # seconds before the second attempt are twice this, then four times ...
 TIMEOUT = 30.0                     # of a single read
 STALL = 60.0                       # seconds until the answer begins, and for each SLOWEST bytes of it
 SLOWEST = 1 << 16
+PATIENCE = 600                     # seconds that a server may ask us to wait
 
 
 def download_file(url: str, path: str | Path, sha256: str | None = None, md5: str | None = None) -> Path:
@@ -35,7 +38,7 @@ def download_file(url: str, path: str | Path, sha256: str | None = None, md5: st
         if wrong := hash_mismatch(path, sha256, md5):
             raise UserError(f"{path} is not the file at {url} ({wrong}): move it away to download it again")
         return path
-    partial = Path(f"{path}.partial")
+    partial, tag = Path(f"{path}.partial"), Path(f"{path}.partial.tag")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "ab", buffering=0) as file:
@@ -45,11 +48,19 @@ def download_file(url: str, path: str | Path, sha256: str | None = None, md5: st
         raise UserError(f"cannot write {partial}: {error.strerror}") from None
     if problem and partial.stat().st_size:
         raise UserError(f"cannot download {url}: {problem}; run it again to resume")
-    if problem := problem or hash_mismatch(partial, sha256, md5):
+    linked = re.fullmatch('linked "([0-9a-f]{64})"', read_tag(tag))
+    problem = problem or hash_mismatch(partial, sha256 or linked and linked[1], md5)
+    tag.unlink(missing_ok=True)
+    if problem:
         partial.unlink()
         raise UserError(f"cannot download {url}: {problem}")
     os.replace(partial, path)
     return path
+
+
+def read_tag(file: Path) -> str:
+    """Which version of a file its partial download is, as the server named it, or nothing."""
+    return file.read_text() if file.exists() else ""
 
 
 def receive(url, file, label) -> str | None:
@@ -64,8 +75,11 @@ def receive(url, file, label) -> str | None:
         except UserError as error:
             problem, hopeless = error, True
         except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code} {error.reason}"
-            hopeless = error.code < 500 and error.code != 429
+            problem, wait = explain(error, url), seconds_to_wait(error)
+            hopeless = error.code < 500 and error.code != 429 or wait > PATIENCE
+            problem += f", to be tried again in {cli.clock(wait)}" if wait > PATIENCE else ""
+            for _ in cli.progress(range(0 if hopeless else wait), f"{label}: {problem}, waiting: second"):
+                time.sleep(1)
         except (OSError, http.client.HTTPException) as error:        # timeouts and resets are OSErrors
             problem = getattr(error, "reason", error)
             hopeless = isinstance(problem, (socket.gaierror, ConnectionRefusedError))
@@ -83,8 +97,9 @@ def receive_once(url, file, label) -> bool:
     held = file.tell()
     headers = {"User-Agent": "vision-gpt", **({"Range": f"bytes={held}-"} if held else {})}
     try:
-        request = urllib.request.Request(url, headers=headers)
-        response = with_deadline(STALL, urllib.request.urlopen, request, timeout=TIMEOUT)
+        request = authorize(urllib.request.Request(url, headers=headers))
+        opener = urllib.request.build_opener(Redirects)
+        response = with_deadline(STALL, opener.open, request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
@@ -97,9 +112,17 @@ def receive_once(url, file, label) -> bool:
     with response:
         if response.headers.get_content_type() == "text/html":
             raise UserError("it is a web page, not a file to download")
+        linked = getattr(request, "linked", None)
+        tag, tag_file = response.headers.get("ETag", ""), Path(f"{file.name}.tag")
+        tag = f"linked {linked}" if linked else tag
+        if held and tag != (read_tag(tag_file) or tag):
+            file.truncate(file.seek(0))                              # two versions would not fit together
+            raise ConnectionError("the file has changed since its download began")
         if held and not response.headers.get("Content-Range", "").startswith(f"bytes {held}-"):
             held = 0
             file.truncate(file.seek(0))
+        if not held:
+            tag_file.write_text(tag)
         length, chunks = response.length, read_chunks(response)      # None: unknown, or no number
         if length:
             chunks = cli.progress(chunks, label, math.ceil(length / CHUNK), " MB")
@@ -110,6 +133,42 @@ def receive_once(url, file, label) -> bool:
             except OSError as error:
                 raise UserError(f"cannot write {file.name}: {error.strerror}") from None
         return length is None or file.tell() == held + length
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Notes the hash that the hub names before it sends one to another host, which never sees the token."""
+
+    def redirect_request(self, request, *answer):
+        new = super().redirect_request(request, *answer)
+        if new is not None:
+            new.first = getattr(request, "first", request)
+            new.first.linked = answer[3].get("X-Linked-Etag") or getattr(new.first, "linked", None)
+            authorize(new)
+        return new
+
+
+def authorize(request: urllib.request.Request) -> urllib.request.Request:
+    """Add the hub's token, if there is one, to a request to the hub, in a way that no redirect passes on."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    file = Path(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()
+    token = os.environ.get("HF_TOKEN") or (file.read_text() if file.is_file() else "")
+    if token.strip() and request.full_url.startswith(f"{HUB}/"):
+        request.add_unredirected_header("Authorization", f"Bearer {token.strip()}")
+    return request
+
+
+def explain(error: urllib.error.HTTPError, url: str) -> str:
+    hints = {401: "the name is wrong, or it is private: set HF_TOKEN to a token that may read it",
+             403: "access has to be asked for on its page, and HF_TOKEN set to a token that may read it",
+             404: "it has no such repository or file"} if url.startswith(f"{HUB}/") else {}
+    return f"HTTP {error.code} {error.reason}" + (f" ({hints[error.code]})" if error.code in hints else "")
+
+
+def seconds_to_wait(error: urllib.error.HTTPError) -> int:
+    """How long a server that was asked too often wants us to wait, by RateLimit or Retry-After."""
+    limit = re.search(r"\bt=([0-9]{1,6})\b", error.headers.get("RateLimit", ""))
+    after = limit or re.fullmatch("([0-9]{1,6})", error.headers.get("Retry-After", ""))
+    return int(after[1]) if after else 0
 
 
 def read_chunks(response):

@@ -159,8 +159,11 @@ def read_weight_file(file: Path) -> dict:
         return {name: torch.from_numpy(array) for name, array in read_tf_checkpoint(prefix).items()}
     if not file.is_file():                                   # a pipe would never end
         raise UserError(f"cannot read {file}: it is not a file" if file.exists() else f"{file} is missing")
-    with open(file, "rb") as opened:
-        start = opened.read(64)
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(64)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
     if start.lstrip()[:1] == b"<" or start.startswith(b"version https://git-lfs"):
         what = "Git LFS pointer" if start.startswith(b"version") else "web page"
         raise UserError(f"{file} is a {what}, not the weights: download the file itself")

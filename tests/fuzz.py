@@ -28,9 +28,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import evaluate  # noqa: E402
-from data import CaptionSet, read_meta  # noqa: E402
+from data import CaptionSet  # noqa: E402
 from lib import caption_formats, checkpoint, images, records, runs, scenes, weight_formats  # noqa: E402
 from lib.cli import UserError  # noqa: E402
+from lib.prepared_set import read_meta  # noqa: E402
 from model import VisionGPT, VisionGPTConfig  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import TrainConfig, TrainState  # noqa: E402

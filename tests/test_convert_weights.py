@@ -788,7 +788,6 @@ def server(tmp_path, monkeypatch):
     known = {"vit_b_16-c867db91.pth": "vit.pth", "gpt2/model.safetensors": "model.safetensors",
              "gpt2/merges.txt": "merges.txt"}
     monkeypatch.setattr(convert_weights, "DOWNLOADS", {n: (f"{url}/{f}", None) for n, f in known.items()})
-    monkeypatch.setattr(convert_weights, "HUB", url)
     monkeypatch.setattr(convert_weights, "VIT_HEADS", {12: 3})
     monkeypatch.setattr(convert_weights, "GPT2_HEADS", {4: 2})
     monkeypatch.setattr(download, "PAUSE", 0)
@@ -813,14 +812,6 @@ def test_a_download_of_another_hash_is_not_converted(server, monkeypatch):
     assert not Path("weights").exists()
 
 
-def test_a_hub_name_is_downloaded(server, monkeypatch):
-    folder = server / "someone/vision-gpt/resolve/main/model_fp32"
-    folder.mkdir(parents=True)
-    save(folder / "model_checkpoint.pth", dict(model_state_dict=published_state()))
-    convert(ConvertConfig(vision_gpt="someone/vision-gpt", heads=3))
-    assert VisionGPT.from_pretrained("weights/vision-gpt", device="cpu").config.cross_attention == (1, 3)
-
-
 def test_a_trained_checkpoint_becomes_one_model(tmp_path, monkeypatch):
     """Fusion and backbones in one folder, which works after the backbones are gone."""
     monkeypatch.chdir(tmp_path)
@@ -833,6 +824,7 @@ def test_a_trained_checkpoint_becomes_one_model(tmp_path, monkeypatch):
     model.gpt2.load_state_dict(gpt2.state_dict())
     randomize(model.xattn)
     model.save_pretrained("out/run", backbones=files, training=dict(photographs=True))
+    Path("out/run/scores.json").write_text(json.dumps(dict(CIDEr=0.5, worst=[])))
     convert(ConvertConfig(checkpoint="out/run", dtype="float16"))
     convert(ConvertConfig(checkpoint="out/run", out="whole"))
     for source, out in ("out/run", "out/run"), ("whole", "out/run"), ("out/run", "whole"):
@@ -846,5 +838,7 @@ def test_a_trained_checkpoint_becomes_one_model(tmp_path, monkeypatch):
             logits, _ = again(TOKENS[:, :6], again.encode(IMAGES))
         torch.testing.assert_close(logits, wanted, atol=tolerance, rtol=0)
         assert checkpoint.read_config(folder)["training"] == dict(photographs=True)
+    card = Path("whole/README.md").read_text()
+    assert "pipeline_tag: image-to-text" in card and "CIDEr | 0.5000" in card and "photographs: True" in card
     stored = checkpoint.read_tensors("out/run-float16/model.safetensors")
     assert stored["vit.norm.weight"].dtype == torch.float16

@@ -1,0 +1,88 @@
+"""Repositories of the Hugging Face hub by their name, user/name, as folders under downloads/."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib import download, records
+from lib.cli import UserError
+
+NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+SETTINGS = ("config.json", "preprocessor_config.json", "tokenizer.json", "merges.txt", "vocab.bpe")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "fusion.safetensors", "pytorch_model.bin",
+           "pytorch_model.bin.index.json", "model_fp32/model_checkpoint.pth")       # the first that is there
+
+
+@dataclass
+class RepositoryFile:
+    rfilename: str
+
+
+@dataclass
+class Repository:
+    """What the hub's API says of a repository."""
+
+    sha: str
+    siblings: list[RepositoryFile]
+
+
+def local_or_hub(path: str | Path) -> Path:
+    """`path`, or the download of the repository of that name if there is nothing of the kind on this disk."""
+    name = str(path)
+    if not NAME.fullmatch(name) or os.path.lexists(name) or os.path.lexists(name.split("/")[0]):
+        return Path(path)
+    return download_repository(name)
+
+
+def download_repository(name: str) -> Path:
+    """The folder downloads/`name` with what is of use in a repository: settings, weights, tokenizer tables.
+
+    All files are of one revision, and a folder that is complete is not asked for again: delete it to update.
+    """
+    folder = Path("downloads", name)
+    complete, started = folder / "repository.json", folder / "repository.started.json"
+    if complete.exists():
+        return folder
+    download.download_file(f"{download.HUB}/api/models/{name}", started)
+    repository = records.read_json(Repository, started, foreign=True)
+    held = {file.rfilename for file in repository.siblings}
+    weights = next((file for file in WEIGHTS if file in held), None)
+    if weights is None or not re.fullmatch("[0-9a-f]{40}", repository.sha):
+        raise UserError(f"{download.HUB}/{name} holds no weights under a known name ({', '.join(WEIGHTS)})")
+
+    def fetch(file):
+        url = f"{download.HUB}/{name}/resolve/{repository.sha}/{file}"
+        return download.download_file(url, folder / file)
+
+    for file in held.intersection(SETTINGS):
+        fetch(file)
+    path = fetch(weights)
+    if path.suffix == ".json":
+        from lib.weight_formats import find_weight_files
+        for shard in find_weight_files(path):
+            fetch(shard.name)
+    os.replace(started, complete)
+    return folder
+
+
+def model_card(config: dict, training: dict, scores: dict) -> str:
+    """README.md of a stand-alone model: what the hub shows of it, and how it is used.
+
+    `config` is the model's, `training` the summary in config.json, `scores` what evaluate.py --json wrote.
+    """
+    gpt2, facts = config["gpt2"], ["library_name: pytorch", "pipeline_tag: image-to-text"]
+    if "flickr8k" in f"{training.get('data')} {training.get('note')}".lower():       # for research alone
+        facts += ["license: other", "license_name: flickr8k-terms", "datasets: [jxie/flickr8k]"]
+    size = {768: "gpt2", 1024: "gpt2-medium", 1280: "gpt2-large", 1600: "gpt2-xl"}.get(gpt2["n_embd"])
+    if size and gpt2["vocab_size"] == 50257:
+        facts.append(f"base_model: openai-community/{size}")
+    rows = [f"| {name} | {value:.4f} |" for name, value in scores.items() if isinstance(value, float)]
+    return "\n".join([
+        "---", *facts, "---", "", "# Vision-GPT", "",
+        f"An image captioner in plain PyTorch: a ViT of {config['vit']['n_layer']} blocks, a Perceiver "
+        f"Resampler, and a GPT-2 of {gpt2['n_layer']} blocks with cross-attention.", "",
+        "```python", "from model import VisionGPT", 'model = VisionGPT.from_pretrained("USER/NAME")',
+        'print(model.caption("dog.jpg"))', "```", "",
+        *[f"- {name}: {value}" for name, value in training.items()],
+        *["", "| score | |", "|---|---|", *rows] * bool(rows), ""])
