@@ -2,6 +2,8 @@
 
 import copy
 import fcntl
+import json
+import math
 import os
 import shutil
 import warnings
@@ -128,6 +130,39 @@ def test_files_of_two_sets_do_not_mix(prepared, tmp_path):
         shutil.copy(tmp_path / "other" / name, folder)
         with pytest.raises(UserError, match="is damaged"):
             CaptionSet(str(folder))
+
+
+@pytest.mark.parametrize("name, at, value", [
+    ("offset", 0, 1), ("offset", 0, -1), ("offset", 3, 0), ("offset", 3, 10**6), ("offset", -1, 2**60),
+    ("image", 0, -1), ("image", 0, 14), ("offset", ..., math.nan), ("image", ..., 0.5), ("offset", None, None)])
+def test_an_index_that_points_nowhere_is_one_line(name, at, value, prepared, tmp_path):
+    """Offsets and images out of range were accepted, or ended in a traceback."""
+    folder = shutil.copytree(prepared[0], tmp_path / "set")
+    with np.load(folder / "index.npz") as index:
+        arrays = {key: index[key].copy() for key in index.files}
+    if at is None:
+        arrays[name] = arrays[name][:, None]
+    elif at is ...:
+        arrays[name] = arrays[name] + value
+    else:
+        arrays[name][at] = value
+    np.savez(folder / "index.npz", **arrays)
+    with pytest.raises(UserError, match="is damaged"):
+        CaptionSet(str(folder))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(images="x"), "images is 'x'"), (dict(image_ids=[1]), "another number of image_ids"),
+    (dict(splits=dict(train=[0, 0], val=[], test=[])), "one twice"), (dict(format_version=9), "newer"),
+    (dict(splits=dict(train=[99], val=[], test=[])), "not there"), (dict(extra=1), "unknown field 'extra'"),
+    (dict(splits=dict(train=[0])), "splits lacks the field 'val'"),
+    (dict(preprocessing=dict(image_size=10**9, clean_captions=True)), "image_size is 1000000000")])
+def test_meta_json_is_not_taken_on_trust(change, message, prepared, tmp_path):
+    folder = shutil.copytree(prepared[0], tmp_path / "set")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | change))
+    with pytest.raises(UserError, match=message):
+        CaptionSet(str(folder))
 
 
 def test_missing_set_names_the_commands(tmp_path):

@@ -409,7 +409,8 @@ def test_resume_without_a_run_starts_and_says_so(config, capsys):
     assert again == cfg and state is None
     assert "training_state.pt does not exist: starting at step 0" in capsys.readouterr().err
     Path(cfg.out).mkdir()
-    (Path(cfg.out) / "log.jsonl").write_text('{"step": 7, "loss": 1.0}\n')    # killed before a save
+    (Path(cfg.out) / ".lock").touch()                                 # killed before a save
+    (Path(cfg.out) / "log.jsonl").write_text('{"step": 7, "loss": 1.0}\nnull\n{"step": "x"}\n{"step": 1, "lo')
     train(again, state)
     assert list(log_of(cfg, "loss")) == [1]
 
@@ -456,9 +457,50 @@ def test_damaged_training_state_is_one_line(damage, config, tmp_path):
     {"cut": lambda: file.write_bytes(whole[: len(whole) // 2]), "noise": lambda: file.write_bytes(bytes(500)),
      "empty": lambda: file.write_bytes(b""), "other": lambda: torch.save({"a": 1}, file),
      "code": lambda: torch.save({"config": Code()}, file)}[damage]()
-    with pytest.raises(UserError, match=r"training_state.pt is damaged .*\(\w+\); .* --overwrite") as e:
+    message = "training_state.pt has the unknown field 'a'" if damage == "other" else (
+        r"training_state.pt is damaged .*\(\w+\); .* --overwrite")
+    with pytest.raises(UserError, match=message) as e:
         resolve_config(dict(resume=True, out=cfg.out))
     assert "\n" not in str(e.value) and not ran.exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(step=-1), "step is -1"), (dict(best="x"), "best is 'x'"), (dict(losses=["x"]), "losses.0 is 'x'"),
+    (dict(losses=[math.nan]), "losses.0 is nan"), (dict(scaler=None), "scaler is null"),
+    (dict(config={}), "config lacks the field 'preset'"), (dict(model={}), "have changed since"),
+    (dict(optimizer=dict(state={0: {}}, param_groups=[])), "optimizer.state.0 lacks the field 'step'"),
+    (dict(optimizer=dict(state={0: dict.fromkeys(["step", "exp_avg", "exp_avg_sq"], torch.zeros(1))},
+                         param_groups=[])), "do not fit the model"), ("nan", "do not fit the model")])
+def test_training_state_of_another_run_is_one_line(change, message, config):
+    cfg = config()
+    train(cfg)
+    saved = state_of(cfg)
+    if change == "nan":
+        next(iter(saved["model"].values())).fill_(math.nan)
+        change = {}
+    torch.save(saved | change, Path(cfg.out) / "training_state.pt")
+    with pytest.raises(UserError, match=message) as e:
+        go_on(cfg)
+    assert "\n" not in str(e.value)
+
+
+def test_files_of_others_are_neither_replaced_nor_removed(config):
+    """train.py once removed every *.tmp of its folder, and replaced somebody's tokenizer.json."""
+    cfg = config()
+    out = Path(cfg.out)
+    out.mkdir()
+    for name in ("thesis.tmp", "a.12.tmp"):
+        (out / name).write_text("mine")
+    (out / "tokenizer.json").write_text("mine")
+    with pytest.raises(UserError, match="holds tokenizer.json, which is not of a training run"):
+        train(cfg)
+    assert {file.name for file in out.iterdir()} == {"thesis.tmp", "a.12.tmp", "tokenizer.json"}
+    (out / "tokenizer.json").unlink()
+    (out / "loss.png.77.tmp").touch()                                 # of a run that was killed
+    (out / ".lock").touch()
+    train(cfg)
+    assert (out / "thesis.tmp").read_text() == (out / "a.12.tmp").read_text() == "mine"
+    assert not (out / "loss.png.77.tmp").exists()
 
 
 def test_changed_weights_or_data_are_not_resumed(base, config, tmp_path):
