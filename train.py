@@ -364,12 +364,15 @@ class TrainState:
     losses: list[Tensor] = field(default_factory=list)                # since the last log line
 
     def save(self, out: Path, cfg: TrainConfig) -> None:
-        # given a path, torch.save raises RuntimeError where the disk is full
-        with cli.atomic(out / "training_state.pt") as path, open(path, "wb") as file:
-            torch.save({"model": {name: p.detach() for name, p in self.trained.items()},
-                        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                        "step": self.step, "best": self.best, "losses": [loss.item() for loss in self.losses],
-                        "backbones": self.inputs, "config": dataclasses.asdict(cfg)}, file)
+        content = {"model": {name: p.detach() for name, p in self.trained.items()},
+                   "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                   "step": self.step, "best": self.best, "losses": [loss.item() for loss in self.losses],
+                   "backbones": self.inputs, "config": dataclasses.asdict(cfg)}
+        try:
+            with cli.atomic(out / "training_state.pt") as path, open(path, "wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:                                 # torch's own follows the disk's
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     @staticmethod
     def read(file: Path) -> dict | None:

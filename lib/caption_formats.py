@@ -114,11 +114,12 @@ def basename(path: str) -> str:
 def read(file: File, largest: int = MAX_IMAGE_BYTES) -> bytes:
     """The content of a file. Raises UserError when it cannot be read or is larger than `largest` bytes."""
     try:
-        with file.open() as opened:
-            content = opened.read(largest + 1)
+        if file.stamp[0] <= largest:                                 # the size that it says it has
+            with file.open() as opened:
+                content = opened.read(largest + 1)
     except ZIP_ERRORS as error:
         raise UserError(f"cannot read {file.path}: {getattr(error, 'strerror', None) or error}") from None
-    if len(content) > largest:
+    if file.stamp[0] > largest or len(content) > largest:
         raise UserError(f"{file.path} is too large: the limit is {largest >> 20} MB")
     return content
 

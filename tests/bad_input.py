@@ -394,9 +394,10 @@ FREE_TEXT = {"text"}
 ACCEPTED = {
     # config.json
     "training": {"null", "object"}, "cross_attention": {"null"}, "model.vit.dropout": {"gone?"},
-    "mean.0": {"negative", "fraction"}, "std.0": {"fraction"}, "eps": {"fraction?"}, "cross_attention.0": {"gone"},
+    "mean.0": {"negative", "fraction"}, "std.0": {"fraction"}, "eps": {"fraction?"}, "cross_attention.0": set(), "backbones": {"object?"},
     "resize": {"text", "negative", "gone"}, "crop": {"text", "negative", "gone"},
     "filter": {"text", "negative", "gone"}, "transform": {"object"}, "path": {"text"},
+    **{name: {"true"} for name in ("final_norm", "clean_captions", "scale_attn_weights")},
     **{f"training.{name}": {f"{label}?" for label in VALUES} for name in
        ("step", "val_loss", "val_loss_shuffled", "preset", "data", "photographs", "blind", "source", "note")},
 }
@@ -730,8 +731,8 @@ def output_cases():
                ("set/[ctim]*.[jbn]*",))
     for name in ("vit.safetensors", "gpt2.safetensors", "model.safetensors", "config.json", "tokenizer.json"):
         yield Case(f"convert_weights.py --out with {name}",
-                   ["convert_weights.py", "--vit", "source/torchvision.pth", "--heads", "3", "--gpt2", "source/gpt2",
-                    "--out", "set"], ("source/torchvision.pth", "source/gpt2"), mine(f"set/{name}"),
+                   ["convert_weights.py", "--vit", "source/vit", "--gpt2", "source/gpt2", "--out", "set"],
+                   ("source/vit", "source/gpt2"), mine(f"set/{name}"),
                    ERROR if name[0] in "vg" else OK,
                    {"v": (), "g": ("set/vit*",)}.get(name[0], ("set/vit*", "set/gpt2*")))
         yield Case(f"convert_weights.py --checkpoint --out with {name}",
@@ -741,7 +742,7 @@ def output_cases():
         yield Case(f"convert_weights.py --vision-gpt --out with {name}",
                    ["convert_weights.py", "--vision-gpt", "source/published.pth", "--heads", "3", "--out", "set"],
                    ("source/published.pth",), mine(f"set/{name}"),
-                   OK if name[0] in "vgt" else ERROR,
+                   OK if name[0] in "vg" else ANY if name[0] == "t" else ERROR,
                    ("set/model*", "set/config*") if name[0] in "vgt" else ())
     for out in ("complete", "./complete", "complete/../complete"):
         yield Case(f"convert_weights.py --checkpoint --out {out}",

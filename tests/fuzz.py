@@ -119,7 +119,8 @@ class Readers:
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), script)
         texts = {
             "captions.csv": b'image,caption,split\na.png,"a dog, ""big""",train\nb.png,a cat,dev\n',
-            "rows.jsonl": b'{"image": "a.png", "caption": ["a dog", "b"], "split": "val"}\n{"image": "b.png"}\n',
+            "rows.jsonl": b'{"image": "a.png", "caption": ["a dog", "b"], "split": "val"}\n'
+            b'{"image": "b.png"}\n',
             "list.json": b'[{"file_name": "a.png", "captions": ["x", "y"]}, {"image": "b.png", "text": "z"}]',
             "captions_coco.json": b'{"images": [{"id": 1, "file_name": "a.png"}], '
             b'"annotations": [{"image_id": 1, "caption": "a dog"}]}',
