@@ -281,7 +281,7 @@ class BenchConfig:
 
 def main(args=None):
     cfg = BenchConfig(**cli.parse(BenchConfig, __doc__, args))
-    cli.check_outputs(cfg, ["json"])
+    cli.check_outputs(cfg, "json")
     device, started = cli.pick_device(cfg.device), time.monotonic()
     device = device if device.type == "cuda" else CPU
     log = partial(print, file=sys.stderr if cfg.json == "-" else sys.stdout, flush=True)

@@ -1,17 +1,12 @@
-"""The prepared set, pictures as raw bytes, captions as tokens: written by prepare scripts, read by train."""
+"""A prepared set read from disk, the cache of ViT features, and batches. lib/prepared_set.py writes sets."""
 
-import contextlib
 import copy
 import hashlib
-import io
 import json
 import os
-import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -21,156 +16,9 @@ import fast
 from lib import checkpoint, cli, records
 from lib.cli import UserError
 from lib.images import normalize, resize
+from lib.prepared_set import clean_caption, damaged, encode_captions, read_array, read_index, read_meta
 from tokenizer import Tokenizer, pack_captions
 
-# --------------------------------------------------------------------------------------------------
-# writing a prepared set
-
-FORMAT_VERSION = 1
-SET_FILES = ("images.bin", "tokens.bin", "index.npz", "captions.json", "tokenizer.json", "scenes.jsonl",
-             "meta.json")
-
-
-def clean_caption(text):
-    """A caption as people write it: corpora put spaces before punctuation and clitics and after brackets."""
-    text = re.sub(r" +(?=[.,!?;:)]+( |$))", "", " ".join(text.split()))
-    return re.sub(r" +(?=(n't|'(s|re|ve|ll|d|m))\b)", "", text).replace("( ", "(")
-
-
-@dataclass
-class Splits:
-    train: list[int]
-    val: list[int]
-    test: list[int]
-
-
-@dataclass
-class Preprocessing:
-    image_size: int = field(metadata=dict(min=1, max=4096))
-    clean_captions: bool
-
-
-@dataclass
-class SetMeta:
-    """meta.json; `source` and `counts` say what the set was made from."""
-
-    format_version: int = field(metadata=dict(min=1))
-    images: list[str]
-    image_ids: list[int] | list[str]
-    splits: Splits
-    preprocessing: Preprocessing
-    source: str | None = field(default=None, metadata=dict(optional=True))
-    counts: dict[str, int] = field(default_factory=dict, metadata=dict(optional=True))
-
-
-def read_meta(folder: str) -> SetMeta:
-    """meta.json of a prepared set. Raises UserError, or FileNotFoundError where there is none."""
-    file = os.path.join(folder, "meta.json")
-    content = records.read_json(dict, file)
-    if isinstance(version := content.get("format_version"), int) and version > FORMAT_VERSION:
-        raise UserError(f"{folder} is of a newer format than this code knows; update the code, or "
-                        "prepare it again")
-    return records.convert(SetMeta, content, file)
-
-
-def set_origin(folder: str) -> SetMeta | None:
-    """meta.json of the set in a folder; None if there is no complete set."""
-    with contextlib.suppress(UserError, OSError):
-        return read_meta(folder)
-
-
-@contextlib.contextmanager
-def set_folder(out: str) -> Iterator[None]:
-    """Make `out` the folder of a set that is written within the context.
-
-    Raises UserError if it holds files that would be replaced and are not of a set, or another run writes it.
-    """
-    try:
-        os.makedirs(out, exist_ok=True)
-    except FileExistsError:
-        raise UserError(f"{out} is a file; name a folder with --out") from None
-    def present():
-        return [name for name in SET_FILES if os.path.lexists(os.path.join(out, name))]
-
-    unfinished = os.path.join(out, ".unfinished")                # says whose a set without meta.json is: ours
-    if present() and not os.path.exists(unfinished) and not set_origin(out):
-        raise UserError(f"{out} holds a file {present()[0]} that would be replaced but is not of a prepared "
-                        "set: name another folder with --out, or move the file away")
-    with open(unfinished, "w") as file:
-        cli.lock(file, f"another run is writing {out}; wait for it, or name another folder with --out")
-        for name in SET_FILES:
-            for rest in Path(out).glob(f"{name}.*.tmp"):         # of a run that was killed
-                rest.unlink()
-        try:
-            yield
-        finally:
-            if not present() or "meta.json" in present():
-                os.remove(unfinished)
-
-
-def write_images(out, pictures, image_size):
-    """Begin the set in folder `out`: stream uint8 (S, S, 3) arrays to images.bin, and return their number.
-
-    A set that was there is left alone until the last picture has come; then it stops being one, until
-    `write_set` completes the new one. Raises UserError when no picture comes.
-    """
-    os.makedirs(out, exist_ok=True)
-    count = 0
-    with cli.atomic(os.path.join(out, "images.bin")) as path:
-        with open(path, "wb") as file:
-            for picture in pictures:
-                assert picture.shape == (image_size, image_size, 3) and picture.dtype == np.uint8
-                file.write(np.ascontiguousarray(picture))
-                count += 1
-        if not count:
-            raise UserError("none of the pictures could be read, so there is nothing to prepare")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(out, "meta.json"))
-    return count
-
-
-def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=None, counts=None, clean=True,
-              source=None):
-    """Complete the set begun by `write_images`: captions, tokens, splits, and last of all meta.json.
-
-    names: one per picture; captions: (picture index, source text) pairs, no text blank; splits: {"train",
-    "val", "test": picture indices}; preprocessing: at least image_size; counts: what the summary said, for
-    meta.json; clean: tokens are of `clean_caption(text)`, not of the text itself; source: says what the set
-    was made from.
-    """
-    size = preprocessing["image_size"]
-    assert os.path.getsize(os.path.join(out, "images.bin")) == len(names) * size * size * 3
-    assert set(splits) == {"train", "val", "test"} and tokenizer.vocab_size <= 1 << 16
-    texts = [text for _, text in captions]
-    tokens, offset = encode_captions(tokenizer, [clean_caption(text) if clean else text for text in texts])
-    with cli.atomic(os.path.join(out, "tokens.bin")) as path:
-        tokens.tofile(path)
-    with cli.atomic(os.path.join(out, "index.npz")) as path, open(path, "wb") as file:   # savez adds .npz
-        np.savez(file, offset=offset, image=np.array([image for image, _ in captions], np.int32))
-    write_json(os.path.join(out, "captions.json"), texts)
-    tokenizer.save(out)
-    write_json(os.path.join(out, "meta.json"), {
-        "format_version": FORMAT_VERSION, "source": source, "images": names,
-        "image_ids": list(range(len(names))) if image_ids is None else image_ids,
-        "splits": {name: [int(i) for i in splits[name]] for name in ("train", "val", "test")},
-        "preprocessing": {**preprocessing, "clean_captions": clean},
-        "counts": {**(counts or {}), "images": len(names), "captions": len(texts)}})
-
-
-def encode_captions(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Texts -> all their tokens end to end, uint16, and where each begins and the last ends, int64."""
-    tokens = tokenizer.encode_batch(texts)
-    packed = np.concatenate([np.array(ids, np.uint16) for ids in tokens] or [np.empty(0, np.uint16)])
-    return packed, np.cumsum([0] + [len(ids) for ids in tokens], dtype=np.int64)
-
-
-def write_json(path, value):
-    with cli.atomic(path) as temporary, open(temporary, "w") as file:
-        json.dump(value, file, indent=0)      # ASCII escapes: a lone surrogate in a text or name must survive
-
-
-# --------------------------------------------------------------------------------------------------
-# reading a prepared set
 
 class CaptionSet:
     """A prepared set: `images` (N, S, S, 3) uint8, memory-mapped; `captions`, texts; `splits`, image indices.
@@ -187,17 +35,18 @@ class CaptionSet:
         self.preprocessing, size = asdict(meta.preprocessing), meta.preprocessing.image_size
         self.captions = self._need(records.read_json, list[str], os.path.join(folder, "captions.json"))
         own, N = Tokenizer.load(folder), len(self.names)
-        self.images = self._read_array("images.bin", np.uint8, N * size * size * 3).reshape(N, size, size, 3)
-        self.offset, self.image_of = self._read_index()
-        self.tokens = np.array(self._read_array("tokens.bin", np.uint16, int(self.offset[-1])))
+        pixels = read_array(folder, "images.bin", np.uint8, N * size * size * 3)
+        self.images = pixels.reshape(N, size, size, 3)
+        self.offset, self.image_of = read_index(folder, len(self.captions))
+        self.tokens = np.array(read_array(folder, "tokens.bin", np.uint16, int(self.offset[-1])))
         split = np.concatenate([*self.splits.values(), np.empty(0, np.int64)])
         if len(np.unique(split)) < len(split) or not all(
                 ((named >= 0) & (named < N)).all() for named in (split, self.image_of)):
-            raise self._damaged("meta.json or index.npz names images that are not there, or one twice")
+            raise damaged(folder, "meta.json or index.npz names images that are not there, or one twice")
         if len(self.image_ids) != N:
-            raise self._damaged("meta.json has another number of image_ids than of images")
+            raise damaged(folder, "meta.json has another number of image_ids than of images")
         if self.tokens.max() >= own.eos_id:
-            raise self._damaged("tokens.bin is not of tokenizer.json")
+            raise damaged(folder, "tokens.bin is not of tokenizer.json")
         self.tokenizer = tokenizer or own
         if self.tokenizer.ranks != own.ranks:                      # the model reads other tokens
             clean = self.preprocessing["clean_captions"]
@@ -212,35 +61,8 @@ class CaptionSet:
         try:
             return read(*args)
         except FileNotFoundError:
-            raise UserError(f"{self.folder} is no prepared set: make one with python prepare_flickr8k.py (or "
-                            f"prepare_shapes.py) and name its folder with --data") from None
-
-    def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.folder} is damaged ({what}); prepare it again")
-
-    def _read_array(self, name: str, dtype: type, count: int) -> np.ndarray:
-        """A file of exactly `count` numbers, memory-mapped. Raises UserError if it is another."""
-        file, size = os.path.join(self.folder, name), count * np.dtype(dtype).itemsize
-        held = os.path.getsize(file) if os.path.isfile(file) else 0
-        if held != size or not size:
-            raise self._damaged(f"{name} has {held:,} bytes where {size:,} belong")
-        return np.memmap(file, dtype, "r")
-
-    def _read_index(self) -> tuple[np.ndarray, np.ndarray]:
-        """index.npz: where each caption's tokens begin and the last one's end, and the image of each."""
-        C = len(self.captions)
-        try:
-            file = io.BytesIO(records.read_bytes(os.path.join(self.folder, "index.npz"), 16 * C + 4096))
-            if any(member.compress_type for member in zipfile.ZipFile(file).infolist()):
-                raise ValueError("compressed")                       # which could be of any size
-            with np.load(file) as index:
-                offset, image = index["offset"], index["image"]
-        except Exception as error:                                   # numpy and zipfile raise many kinds
-            raise self._damaged(f"index.npz: {cli.printable(str(error))}") from None
-        found = offset.dtype, offset.shape, image.dtype, image.shape
-        if found != (np.int64, (C + 1,), np.int32, (C,)) or offset[0] or (offset[1:] < offset[:-1]).any():
-            raise self._damaged("index.npz is not of captions.json")
-        return offset, image
+            raise UserError(f"{self.folder} is not a prepared dataset: make one with python "
+                            f"prepare_flickr8k.py or prepare_shapes.py, and name it with --data") from None
 
     def split(self, name):
         """Indices of a split's images that have captions. Raises UserError when there are none."""
@@ -400,7 +222,8 @@ def collate(data: CaptionSet, images: np.ndarray, inputs: ImageInputs, rng: np.r
             limit: int | None = None) -> dict:
     """Image indices -> a batch: pixels or features, and each image's captions packed into a row (B, T)."""
     captions = data.caption_tokens(images, limit, rng)
-    tokens, targets, positions = pack_captions(captions, data.tokenizer.eos_id)
+    # few different lengths: oneDNN compiles and keeps kernels for each
+    tokens, targets, positions = pack_captions(captions, data.tokenizer.eos_id, multiple=4)
     return {**inputs(images, rng), "tokens": tokens, "targets": targets, "positions": positions,
             "captions": sum(map(len, captions)), "count": int((targets != -100).sum())}
 

@@ -28,8 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import data
-from lib import caption_formats, cli
+from lib import caption_formats, cli, prepared_set
 from lib.caption_formats import Caption, basename
 from lib.cli import UserError, printable
 from lib.images import load_image, resize
@@ -164,9 +163,9 @@ def collect(config: PrepareConfig) -> tuple[list[Entry], str, dict[str, list[str
     pictures_path, caption_paths = find_sources(config)
     given, lists, pictures, broken = caption_formats.read_captions(
         [file for path in caption_paths for file in caption_formats.caption_files(path)])
-    captions = [c for c in given if data.clean_caption(c.text)]
+    captions = [c for c in given if prepared_set.clean_caption(c.text)]
     skipped = {"broken entries of the captions": broken,
-               "blank captions": [c.image for c in given if not data.clean_caption(c.text)]}
+               "blank captions": [c.image for c in given if not prepared_set.clean_caption(c.text)]}
     if not captions:
         raise UserError(f"none of the captions in {first_few(caption_paths)} can be used; broken entries: "
                         f"{first_few(broken) or 'none'}")
@@ -205,13 +204,13 @@ def prepare(config: PrepareConfig, tokenizer: Tokenizer | None = None) -> str:
     images, origin, skipped = collect(config)
     if config.limit:
         images = first_images(images, config.limit)
-    content = [data.FORMAT_VERSION, config.image_size, config.raw_captions,
+    content = [prepared_set.FORMAT_VERSION, config.image_size, config.raw_captions,
                [image[:-1] + (image.file.stamp,) for image in images]]
     source = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if is_complete(config, source):
         return f"{printable(config.out)} is complete and was made from the same files: nothing to do"
     tokenizer = tokenizer or Tokenizer.gpt2()                        # may fail, so before anything is written
-    with data.set_folder(config.out):
+    with prepared_set.set_folder(config.out):
         counts = write_entries(config, images, skipped, tokenizer, source)
     took, out = cli.clock(time.monotonic() - start), printable(config.out)
     return "\n  ".join([
@@ -232,7 +231,7 @@ def write_entries(config: PrepareConfig, images: list[Entry], skipped: dict[str,
                 kept.append(image)
                 yield picture
 
-    data.write_images(config.out, readable(), config.image_size)
+    prepared_set.write_images(config.out, readable(), config.image_size)
     skipped["unreadable pictures"] = sorted({image.name for image in images} - {image.name for image in kept})
     captions = [(index, text) for index, image in enumerate(kept) for text in image.texts]
     splits = {split: [i for i, image in enumerate(kept) if image.split == split] for split in SPLIT_NAMES}
@@ -241,7 +240,7 @@ def write_entries(config: PrepareConfig, images: list[Entry], skipped: dict[str,
     counts = {split: len(indices) for split, indices in splits.items()}
     counts |= {"no split": len(kept) - sum(counts.values())}
     counts |= {reason: len(names) for reason, names in skipped.items() if names}
-    data.write_set(config.out, [image.name for image in kept], captions, splits, tokenizer,
+    prepared_set.write_set(config.out, [image.name for image in kept], captions, splits, tokenizer,
                    dict(image_size=config.image_size), counts=counts, clean=not config.raw_captions,
                    image_ids=ids if distinct else None, source=source)
     return counts | {"images": len(kept), "captions": len(captions)}
@@ -249,7 +248,7 @@ def write_entries(config: PrepareConfig, images: list[Entry], skipped: dict[str,
 
 def is_complete(config: PrepareConfig, source: str) -> bool:
     """Whether config.out holds a complete set that was made from the same files in the same way."""
-    origin, pixels = data.set_origin(config.out), os.path.join(config.out, "images.bin")
+    origin, pixels = prepared_set.set_origin(config.out), os.path.join(config.out, "images.bin")
     if origin is None or origin.source != source or not os.path.exists(pixels):
         return False
     return os.path.getsize(pixels) == len(origin.images) * config.image_size**2 * 3

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-import data
-from lib import cli
+from lib import cli, prepared_set
 from lib.cli import flag
 from lib.scenes import COLUMN, ROW, place, true_captions
 from tokenizer import Tokenizer
@@ -129,12 +128,12 @@ def prepare(config: ShapesConfig) -> dict[str, int]:
     counts = {name: len(split) for name, split in indices.items()}
     counts["test_unseen"] = sum(not HELD_OUT.isdisjoint(kinds_of(scenes[i])) for i in indices["test"])
     names = [f"{i:05}.png" for i in range(len(scenes))]
-    with data.set_folder(config.out):
-        data.write_images(config.out, pictures, config.image_size)
+    with prepared_set.set_folder(config.out):
+        prepared_set.write_images(config.out, pictures, config.image_size)
         with cli.atomic(os.path.join(config.out, "scenes.jsonl")) as path, open(path, "w") as file:
             file.writelines(json.dumps(scene) + "\n" for scene in scenes)
-        data.write_set(config.out, names, texts, indices, tokenizer, dict(image_size=config.image_size),
-                       counts=counts)
+        prepared_set.write_set(config.out, names, texts, indices, tokenizer,
+                               dict(image_size=config.image_size), counts=counts)
     return counts
 
 

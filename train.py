@@ -24,10 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fast
 import prepare_shapes
-from data import CaptionSet, ImageInputs, clean_caption, collate, epoch_batches, load_ahead, pin, to_device
+from data import CaptionSet, ImageInputs, collate, epoch_batches, load_ahead, pin, to_device
 from gpt2 import GPT2Config
 from lib import checkpoint, cli, figures, records
 from lib.cli import UserError, flag
+from lib.prepared_set import clean_caption
 from lib.runs import RUN_FILES, Log, cpu_threads, peak_memory, run_folder, stop_signal
 from lib.scenes import judge, read_scenes
 from model import VisionGPT, VisionGPTConfig
@@ -363,11 +364,15 @@ class TrainState:
     losses: list[Tensor] = field(default_factory=list)                # since the last log line
 
     def save(self, out: Path, cfg: TrainConfig) -> None:
-        with cli.atomic(out / "training_state.pt") as file:
-            torch.save({"model": {name: p.detach() for name, p in self.trained.items()},
-                        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                        "step": self.step, "best": self.best, "losses": [loss.item() for loss in self.losses],
-                        "backbones": self.inputs, "config": dataclasses.asdict(cfg)}, file)
+        content = {"model": {name: p.detach() for name, p in self.trained.items()},
+                   "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                   "step": self.step, "best": self.best, "losses": [loss.item() for loss in self.losses],
+                   "backbones": self.inputs, "config": dataclasses.asdict(cfg)}
+        try:
+            with cli.atomic(out / "training_state.pt") as path, open(path, "wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:                                 # torch's own follows the disk's
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     @staticmethod
     def read(file: Path) -> dict | None:

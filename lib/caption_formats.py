@@ -114,11 +114,12 @@ def basename(path: str) -> str:
 def read(file: File, largest: int = MAX_IMAGE_BYTES) -> bytes:
     """The content of a file. Raises UserError when it cannot be read or is larger than `largest` bytes."""
     try:
-        with file.open() as opened:
-            content = opened.read(largest + 1)
+        if file.stamp[0] <= largest:                                 # the size that it says it has
+            with file.open() as opened:
+                content = opened.read(largest + 1)
     except ZIP_ERRORS as error:
         raise UserError(f"cannot read {file.path}: {getattr(error, 'strerror', None) or error}") from None
-    if len(content) > largest:
+    if file.stamp[0] > largest or len(content) > largest:
         raise UserError(f"{file.path} is too large: the limit is {largest >> 20} MB")
     return content
 
@@ -303,13 +304,14 @@ def parquet_rows(file: File, pictures: list) -> list[tuple]:
                 opened = functools.partial(parquet_picture, table, group, index)
                 pictures.append(File(image, opened, (len(rows), *file.stamp)))
                 rows.append((f"row {len(rows)}", {**row, "image": image}))
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{file.path} is not a complete parquet file: {error}") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
+        raise UserError(f"{file.path} is not a complete parquet file; download or copy it again") from None
     return rows
 
 
 def parquet_picture(table, group, index):
-    return io.BytesIO(parquet_pictures(table, group)[index]["bytes"])
+    cells = parquet_pictures(table, group)[index : index + 1]               # a damaged file may have fewer
+    return io.BytesIO(cells[0]["bytes"] if cells and cells[0] and cells[0].get("bytes") else b"")
 
 
 @functools.lru_cache(maxsize=1)                      # pictures are read in order, one group at a time

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -172,7 +172,7 @@ class BackboneRecord:
 class CheckpointConfig:
     """config.json of a checkpoint folder."""
 
-    format_version: int
+    format_version: int = field(metadata=dict(min=1))
     model: dict
     training: dict[str, str | int | float | bool | None] | None
     backbones: dict[Literal["vit", "gpt2"], BackboneRecord]

@@ -54,7 +54,7 @@ def wrap(text: str, face, width: float) -> list[str]:
                 line = ""
             line = f"{line} {word}".lstrip()
             while len(line) > 1 and face.getlength(line) > width:
-                cut = max(n for n in range(1, len(line)) if n == 1 or face.getlength(line[:n]) <= width)
+                cut = next(n for n in range(1, len(line)) if face.getlength(line[: n + 1]) > width)
                 lines.append(line[:cut])
                 line = line[cut:]
         lines.append(line)

@@ -19,7 +19,7 @@ from PIL import Image
 from lib import records
 from lib.cli import UserError, printable
 
-# What is read from others, and how much of it. Decoding takes up to 17 bytes a pixel, so all the pictures that
+# What is read from others, and how much of it. Decoding takes up to 17 bytes a pixel: all the pictures that
 # are being decoded at the same time take 1.1 GB at most.
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]     # with MPO; not PostScript, which is a program
 FORMATS += ["AVIF"] * bool(importlib.util.find_spec("PIL.AvifImagePlugin"))         # Pillow has it since 11.3

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import urllib.error
 import urllib.request
 
 from PIL import Image
@@ -72,7 +73,8 @@ def read_stream(source: str) -> io.BytesIO:
         if not 0 < len(content) <= limit:
             raise UserError(f"it has more than {limit >> 20} MB" if content else "it is empty")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"cannot read the picture: {error}") from None
+        reason = error.reason if type(error) is urllib.error.URLError else error
+        raise UserError(f"cannot read the picture: {getattr(reason, 'strerror', None) or reason}") from None
     return io.BytesIO(content)
 
 

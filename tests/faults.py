@@ -87,7 +87,7 @@ def start(args, log):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for number in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w"), args
+        sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w", 1), args
         cli.run(SCRIPTS[args[0]])
     except SystemExit as error:
         status = error.code or 0

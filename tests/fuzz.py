@@ -28,9 +28,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import evaluate  # noqa: E402
-from data import CaptionSet, read_meta  # noqa: E402
+from data import CaptionSet  # noqa: E402
 from lib import caption_formats, checkpoint, images, records, runs, scenes, weight_formats  # noqa: E402
 from lib.cli import UserError  # noqa: E402
+from lib.prepared_set import read_meta  # noqa: E402
 from model import VisionGPT, VisionGPTConfig  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import TrainConfig, TrainState  # noqa: E402
@@ -118,7 +119,8 @@ class Readers:
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), script)
         texts = {
             "captions.csv": b'image,caption,split\na.png,"a dog, ""big""",train\nb.png,a cat,dev\n',
-            "rows.jsonl": b'{"image": "a.png", "caption": ["a dog", "b"], "split": "val"}\n{"image": "b.png"}\n',
+            "rows.jsonl": b'{"image": "a.png", "caption": ["a dog", "b"], "split": "val"}\n'
+            b'{"image": "b.png"}\n',
             "list.json": b'[{"file_name": "a.png", "captions": ["x", "y"]}, {"image": "b.png", "text": "z"}]',
             "captions_coco.json": b'{"images": [{"id": 1, "file_name": "a.png"}], '
             b'"annotations": [{"image_id": 1, "caption": "a dog"}]}',

@@ -19,18 +19,16 @@ from data import (
     ImageInputs,
     augment,
     cached_features,
-    clean_caption,
     collate,
     epoch_batches,
     load_ahead,
     read_pixels,
     to_device,
-    write_images,
-    write_set,
 )
 from lib import checkpoint
 from lib.cli import UserError
 from lib.images import normalize, preprocess, resize
+from lib.prepared_set import clean_caption, write_images, write_set
 from tokenizer import Tokenizer
 from vit import ViT, ViTConfig
 
@@ -133,7 +131,7 @@ def test_files_of_two_sets_do_not_mix(prepared, tmp_path):
 
 
 def test_missing_set_names_the_commands(tmp_path):
-    with pytest.raises(UserError, match=r"no prepared set.*python prepare_flickr8k.py.*prepare_shapes.py"):
+    with pytest.raises(UserError, match=r"not a prepared dataset.*prepare_flickr8k.py.*prepare_shapes.py"):
         CaptionSet(str(tmp_path / "none"))
 
 
@@ -179,7 +177,8 @@ def test_collate_packs_the_captions_of_an_image_into_a_row(prepared):
     batch = collate(data, images, lambda images, rng: {"pixels": images})
     end, lengths = data.tokenizer.eos_id, data.row_lengths(images)
     assert batch["pixels"] is images
-    assert batch["tokens"].shape == batch["targets"].shape == batch["positions"].shape == (3, lengths.max())
+    assert batch["tokens"].shape == batch["targets"].shape == batch["positions"].shape == (
+        3, -(-lengths.max() // 4) * 4)
     for image, length, *row in zip(images, lengths, batch["tokens"], batch["targets"], batch["positions"]):
         captions = [data.tokenizer.encode(clean_caption(text)) for text in texts[image]]
         tokens, targets, positions = (part.tolist() for part in row)

@@ -12,6 +12,7 @@ from PIL import Image
 import data
 import evaluate
 from gpt2 import GPT2Config
+from lib import prepared_set
 from lib.cli import UserError
 from lib.metrics import score
 from model import VisionGPT, VisionGPTConfig
@@ -29,10 +30,10 @@ def folder(tmp_path_factory):
     """A set of 8 pictures of one colour each, image i with i % 3 + 1 captions."""
     folder, rng = tmp_path_factory.mktemp("data") / "tiny", np.random.default_rng(0)
     pictures = (np.full((24, 24, 3), rng.integers(256, size=3), np.uint8) for _ in range(8))
-    data.write_images(folder, pictures, 24)
+    prepared_set.write_images(folder, pictures, 24)
     captions = [(i, CAPTIONS[i] + " , again" * n) for i in range(8) for n in range(i % 3 + 1)]
     names, ids = [f"{i}.jpg" for i in range(8)], [100 + i for i in range(8)]
-    data.write_set(folder, names, captions, dict(train=[0, 4], val=[1], test=TEST),
+    prepared_set.write_set(folder, names, captions, dict(train=[0, 4], val=[1], test=TEST),
                    Tokenizer.train(CAPTIONS, 280), dict(image_size=24), ids)
     return folder
 
@@ -81,7 +82,7 @@ def loss_by_hand(model, captions, images, seen):
     for image, looked_at in zip(images, seen):
         picture = Image.fromarray(captions.images[looked_at])
         for c in captions.captions_of[image]:
-            ids = model.tokenizer.encode(data.clean_caption(captions.captions[c]))
+            ids = model.tokenizer.encode(prepared_set.clean_caption(captions.captions[c]))
             tokens, targets, _ = pack_captions([[ids]], model.eos_id)
             logits, _ = model(tokens, model.encode(model.preprocess([picture])))
             losses += F.cross_entropy(logits[0], targets[0], reduction="none").tolist()
@@ -205,9 +206,9 @@ def test_drawn_scenes_count_captions_right_in_every_word(tmp_path, run):
     scene = {"arrangement": "in the middle", "objects": [
         {"size": "small", "colour": "red", "shape": "circle", "x": 0.5, "y": 0.5}]}
     texts = ["a small red circle in the middle", "a small red circle at the top"]
-    data.write_images(folder, np.zeros((2, 8, 8, 3), np.uint8), 8)
+    prepared_set.write_images(folder, np.zeros((2, 8, 8, 3), np.uint8), 8)
     (folder / "scenes.jsonl").write_text(f"{json.dumps(scene)}\n" * 2)
-    data.write_set(folder, ["0.png", "1.png"], [(0, texts[0]), (1, texts[0])],
+    prepared_set.write_set(folder, ["0.png", "1.png"], [(0, texts[0]), (1, texts[0])],
                    dict(train=[], val=[], test=[0, 1]), Tokenizer.train(texts, 260), dict(image_size=8))
     file = write(tmp_path / "p.json", [{"image_id": i, "caption": text} for i, text in enumerate(texts)])
     assert run("--predictions", file, "--data", folder)["right_in_every_word"] == 0.5

@@ -12,8 +12,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from data import CaptionSet, clean_caption, epoch_batches, write_images, write_set
+from data import CaptionSet, epoch_batches
 from decoding import DecodingConfig, beam_search, sample
+from lib.prepared_set import clean_caption, write_images, write_set
 from tokenizer import Tokenizer
 
 EOS = 3

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from lib import caption_formats
+from lib import caption_formats, prepared_set
 from lib.caption_formats import (
     Caption,
     File,
@@ -220,6 +220,10 @@ def test_parquet_of_the_hub(tmp_path):
     assert splits_of(by_name) == OFFICIAL_SPLITS and origin == "the file names" and not skipped
     assert by_name["2.jpg"].texts == [f"2.jpg {k}" for k in range(5)]
     check_colours(by_name)
+    for content in (b"", b"PAR1" * 9, file.read_bytes()[:-40], file.read_bytes()[40:]):
+        write(tmp_path / "c" / "cut.parquet", "").write_bytes(content)
+        with pytest.raises(UserError, match="not a complete parquet file"):
+            gather(tmp_path / "c")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,9 +371,10 @@ def test_failed_run_leaves_the_former_set_alone(given_set):
 
 def test_interrupted_writing_leaves_no_set_that_looks_whole(tmp_path):
     pictures = [np.zeros((2, 2, 3), np.uint8)]
-    data.write_images(tmp_path, pictures, 2)
-    data.write_set(tmp_path, ["a"], [(0, "x")], dict(train=[0], val=[], test=[]), BYTES, dict(image_size=2))
-    data.write_images(tmp_path, pictures * 2, 2)                    # and killed here
+    prepared_set.write_images(tmp_path, pictures, 2)
+    prepared_set.write_set(tmp_path, ["a"], [(0, "x")], dict(train=[0], val=[], test=[]), BYTES,
+                           dict(image_size=2))
+    prepared_set.write_images(tmp_path, pictures * 2, 2)                    # and killed here
     with pytest.raises(UserError):
         data.CaptionSet(tmp_path)
 
@@ -379,7 +384,7 @@ def test_interrupted_writing_leaves_no_set_that_looks_whole(tmp_path):
     ('says " hi " .', 'says " hi ".'), ("( a lens ) here", "(a lens) here"), ("paper , .", "paper,."),
     ("  two\n lines ", "two lines"), ("costs .50 , or 2 : 1", "costs .50, or 2: 1"), (" . ", ".")])
 def test_clean_caption(text, clean):
-    assert data.clean_caption(text) == clean and data.clean_caption(clean) == clean
+    assert prepared_set.clean_caption(text) == clean and prepared_set.clean_caption(clean) == clean
 
 
 # --------------------------------------------------------------------------------------------------
@@ -492,7 +497,7 @@ def test_pipes_and_devices_are_refused(tmp_path):
                 gather(*arguments)
 
 
-@pytest.mark.parametrize("name", data.SET_FILES)
+@pytest.mark.parametrize("name", prepared_set.SET_FILES)
 def test_files_that_are_not_of_a_set_are_never_replaced(given_set, name):
     write(Path(given_set.out) / name, "my work")
     with pytest.raises(UserError, match=f"holds a file {name} that would be replaced"):
@@ -505,8 +510,8 @@ def test_files_that_are_not_of_a_set_are_never_replaced(given_set, name):
 
 
 def test_run_that_was_killed_is_begun_again_and_two_at_once_are_refused(given_set):
-    with pytest.raises(KeyboardInterrupt), data.set_folder(given_set.out):
-        data.write_images(given_set.out, [np.zeros((8, 8, 3), np.uint8)], 8)
+    with pytest.raises(KeyboardInterrupt), prepared_set.set_folder(given_set.out):
+        prepared_set.write_images(given_set.out, [np.zeros((8, 8, 3), np.uint8)], 8)
         with pytest.raises(UserError, match="another run is writing"):
             prepare(given_set, BYTES)
         raise KeyboardInterrupt                                     # and so is half of a set left

@@ -26,10 +26,11 @@ from test_model import captioner
 import fast
 import prepare_shapes
 import train as trainer
-from data import CaptionSet, ImageInputs, clean_caption, collate, epoch_batches, read_pixels, to_device
+from data import CaptionSet, ImageInputs, collate, epoch_batches, read_pixels, to_device
 from lib import checkpoint, cli, figures
 from lib.cli import UserError
 from lib.images import normalize
+from lib.prepared_set import clean_caption
 from model import VisionGPT
 from train import (
     PRESETS,
@@ -419,7 +420,7 @@ def test_used_folder_is_refused_resumed_or_overwritten(base, config):
     first = {file.name: file.read_bytes() for file in Path(cfg.out).iterdir()}
     with pytest.raises(UserError, match="holds a run: .*--resume.*--overwrite.*--out"):
         train(cfg)
-    with pytest.raises(UserError, match="no prepared set"):        # a mistake costs nothing
+    with pytest.raises(UserError, match="not a prepared dataset"):        # a mistake costs nothing
         train(dataclasses.replace(cfg, overwrite=True, data="nowhere"))
     assert {file.name: file.read_bytes() for file in Path(cfg.out).iterdir()} == first
     train(config(overwrite=True, train="all", learning_rate=1e-3))
