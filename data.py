@@ -222,7 +222,8 @@ def collate(data: CaptionSet, images: np.ndarray, inputs: ImageInputs, rng: np.r
             limit: int | None = None) -> dict:
     """Image indices -> a batch: pixels or features, and each image's captions packed into a row (B, T)."""
     captions = data.caption_tokens(images, limit, rng)
-    tokens, targets, positions = pack_captions(captions, data.tokenizer.eos_id)
+    # few different lengths: oneDNN compiles and keeps kernels for each
+    tokens, targets, positions = pack_captions(captions, data.tokenizer.eos_id, multiple=4)
     return {**inputs(images, rng), "tokens": tokens, "targets": targets, "positions": positions,
             "captions": sum(map(len, captions)), "count": int((targets != -100).sum())}
 

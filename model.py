@@ -136,15 +136,15 @@ class VisionGPT(nn.Module):
 
         `reduction` "sum" leaves the division by the number of targets to the caller.
         """
-        x = self.hidden(tokens, self.cross_kv(visual), positions)
+        x, head = self.hidden(tokens, self.cross_kv(visual), positions), self.gpt2.wte
         is_target = targets != -100
-        x, targets = self.gpt2.ln_f(x[is_target]), targets[is_target]               # (M, C), (M,)
-        head = self.gpt2.wte
         if self.frozen:
+            x, targets = self.gpt2.ln_f(x[is_target]), targets[is_target]           # (M, C), (M,)
             total = ChunkedLoss.apply(x.to(head.weight.dtype), head.unembed, targets, label_smoothing)
         else:
+            x, targets = self.gpt2.ln_f(x).flatten(0, 1), targets.flatten()
             total = head_loss(x, head.unembed, targets, label_smoothing)
-        return total if reduction == "sum" else total / len(targets)
+        return total if reduction == "sum" else total / is_target.sum()
 
     @torch.inference_mode()
     def score(self, images: Tensor, captions: list[str]) -> Tensor:
@@ -342,7 +342,7 @@ def load_or_none(source, errors: str):
 
 
 def head_loss(x: Tensor, head, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Summed cross-entropy of hidden states (M, C) against targets (M,); `head` gives their logits (M, V)."""
+    """Summed cross-entropy of hidden states (M, C) for targets (M,) but -100; `head` gives logits (M, V)."""
     return F.cross_entropy(head(x).float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
 

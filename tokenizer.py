@@ -142,13 +142,16 @@ class Tokenizer:
         return cls("bpe", ranks)
 
 
-def pack_captions(captions_of: list[list], eos_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pack_captions(captions_of: list[list], eos_id: int,
+                  multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Put the captions of each image, lists of tokens, into one row: tokens, targets, positions, each (B, T).
 
     A start token precedes each caption. The target is the next token, or -100 if there is none; positions
-    restart at 0 with each caption. Padding looks like captions that have only a start token.
+    restart at 0 with each caption. Padding looks like captions that have only a start token; T is a multiple
+    of `multiple`.
     """
     T = max((sum(len(caption) + 1 for caption in captions) for captions in captions_of), default=1)
+    T = -(-T // multiple) * multiple
     tokens = np.full((len(captions_of), T), eos_id, dtype=np.int64)
     targets = np.full((len(captions_of), T), -100, dtype=np.int64)
     positions = np.zeros((len(captions_of), T), dtype=np.int64)

@@ -224,7 +224,8 @@ def check_outputs(config, *texts: str, pictures: Iterable[str] = (), inputs: Ite
         if file in (None, "-"):
             continue
         folder, place = os.path.dirname(file) or ".", os.path.realpath(file)
-        if not file or os.path.exists(file) and not os.path.isfile(file) or not os.access(folder, os.W_OK):
+        is_file = os.path.isfile(file) if os.path.exists(file) else os.path.basename(file) != ""
+        if not is_file or not os.access(folder, os.W_OK):
             raise UserError(f"{option} {file} cannot be written: name a file in an existing folder")
         if taken.setdefault(place, option) != option:
             raise UserError(f"{taken[place]} and {option} both write {file}: name two files")

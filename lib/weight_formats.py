@@ -182,6 +182,7 @@ def read_weight_file(file: Path) -> dict:
             raise UserError(f"{file} holds more than tensors ({code[1]}), which can run code: "
                             "it is not opened") from None
         reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
+        reason = re.sub("<.* at 0x.*>", "...", reason)
         raise UserError(f"{file} is damaged, cut short or not weights ({reason}); get it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not weights by name")

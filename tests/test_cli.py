@@ -208,7 +208,7 @@ class Outputs:
     (dict(save="link to input"), "would overwrite input"), (dict(save="hard link to input"), "overwrite"),
     (dict(json="old.png"), "--json old.png would overwrite a picture"), (dict(json="sub"), "be written"),
     (dict(json="none/new"), "cannot be written"), (dict(json="/dev/null"), "cannot be written"),
-    (dict(other="pipe"), "cannot be written")])
+    (dict(other="pipe"), "cannot be written"), (dict(save=""), "cannot be written")])
 def test_outputs_that_would_lose_something_are_refused(files, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkdir("sub")

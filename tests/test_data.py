@@ -212,7 +212,8 @@ def test_collate_packs_the_captions_of_an_image_into_a_row(prepared):
     batch = collate(data, images, lambda images, rng: {"pixels": images})
     end, lengths = data.tokenizer.eos_id, data.row_lengths(images)
     assert batch["pixels"] is images
-    assert batch["tokens"].shape == batch["targets"].shape == batch["positions"].shape == (3, lengths.max())
+    assert batch["tokens"].shape == batch["targets"].shape == batch["positions"].shape == (
+        3, -(-lengths.max() // 4) * 4)
     for image, length, *row in zip(images, lengths, batch["tokens"], batch["targets"], batch["positions"]):
         captions = [data.tokenizer.encode(clean_caption(text)) for text in texts[image]]
         tokens, targets, positions = (part.tolist() for part in row)

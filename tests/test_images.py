@@ -21,6 +21,8 @@ from lib.cli import UserError
 from lib.images import load_image, normalize, preprocess, resize
 from vit import ViTConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest overrides that of lib.images
+
 
 def picture(mode, colour, transparency=None, palette=None):
     image = Image.new(mode, (6, 4), colour)

@@ -120,7 +120,7 @@ def test_merges_that_look_like_comments_are_read(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("merges.txt", "#version: 0.2\na b\n", "257 tokens, GPT-2 has 50256"),
     ("merges.txt", "a b c\n", "is not a merges.txt"),
-    ("merges.txt", "日 本\n", "is not a merges.txt"), ("a.tiktoken", "!!! x\n", "is no merges.txt"),
+    ("merges.txt", "日 本\n", "is not a merges.txt"), ("a.tiktoken", "!!! x\n", "is not a merges.txt"),
     ("merges.txt", b"\xff\xfe", "cannot read"), ("merges.txt", None, "cannot read")])
 def test_a_wrong_table_is_one_line(name, content, message, tmp_path):
     if content is not None:
