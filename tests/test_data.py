@@ -134,7 +134,8 @@ def test_files_of_two_sets_do_not_mix(prepared, tmp_path):
 
 @pytest.mark.parametrize("name, at, value", [
     ("offset", 0, 1), ("offset", 0, -1), ("offset", 3, 0), ("offset", 3, 10**6), ("offset", -1, 2**60),
-    ("image", 0, -1), ("image", 0, 14), ("offset", ..., math.nan), ("image", ..., 0.5), ("offset", None, None)])
+    ("image", 0, -1), ("image", 0, 14), ("offset", ..., math.nan), ("image", ..., 0.5),
+    ("offset", None, None)])
 def test_an_index_that_points_nowhere_is_one_line(name, at, value, prepared, tmp_path):
     """Offsets and images out of range were accepted, or ended in a traceback."""
     folder = shutil.copytree(prepared[0], tmp_path / "set")
