@@ -46,7 +46,7 @@ class TrainConfig:
     data: str = flag("data/flickr8k", "folder of a prepared dataset")
     out: str = flag("", "checkpoint folder; out/PRESET when empty")
     weights: str = flag("weights", "folder of vit.safetensors and gpt2.safetensors, from convert_weights.py")
-    vit: str = flag("", "ViT file, if it is not the one in --weights; for preset mini also a checkpoint")
+    vit: str = flag("", "ViT file, if it is not the one in --weights or --init-from; or a whole checkpoint")
     gpt2: str = flag("", "GPT-2 file, if it is not the one in --weights")
     init_from: str = flag("", "fine-tune the model in this checkpoint folder")
     train: str = flag("fusion", "what to train: resampler and cross-attention, GPT-2 too, or everything",
@@ -90,10 +90,11 @@ class TrainConfig:
     def __post_init__(self):
         self.out = self.out or f"out/{self.preset}"
         cli.check_ranges(self)
-        if (self.vit and (self.init_from or self.preset == "shapes")
-                or self.gpt2 and (self.init_from or self.preset != "flickr8k")):
-            raise UserError("--vit and --gpt2 start a model of preset flickr8k, --vit one of mini: "
-                            "leave them out with --init-from or another preset")
+        if self.gpt2 and (self.init_from or self.preset != "flickr8k"):
+            raise UserError("--gpt2 starts a model of preset flickr8k: leave it out with --init-from or "
+                            "another preset")
+        if self.vit and self.preset == "shapes":
+            raise UserError("--vit is not for preset shapes, which draws what its own ViT learns to see")
         if self.self_critical and (self.self_critical < 2 or not self.init_from):
             raise UserError("--self-critical compares 2 captions or more of a model that can write: "
                             "name its folder with --init-from")
@@ -168,6 +169,8 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
     """The model to train, on the CPU in float32, and the data in its tokens."""
     if cfg.init_from:
         model = VisionGPT.from_pretrained(cfg.init_from, "cpu", torch.float32, cfg.weights)
+        if cfg.vit:
+            exchange_eyes(model, Path(cfg.vit))
         data = CaptionSet(cfg.data, model.require_tokenizer())
     elif cfg.preset == "flickr8k":
         files = {"vit": Path(cfg.vit or f"{cfg.weights}/vit.safetensors"),
@@ -200,6 +203,16 @@ def load_eyes(place: Path) -> ViT:
     whole = place.is_dir()
     return (VisionGPT.from_pretrained(place, "cpu", torch.float32).vit if whole else
             ViT.from_pretrained(place).float())
+
+
+def exchange_eyes(model: VisionGPT, place: Path) -> None:
+    """Give a model the ViT in a file or checkpoint. Raises UserError when it is of another width."""
+    vit = load_eyes(place)
+    if vit.config.n_embd != model.config.vit.n_embd:
+        raise UserError(f"{place} is {vit.config.n_embd} wide, the model's own ViT {model.config.vit.n_embd}")
+    model.vit, model.config.vit = vit, vit.config
+    if model.backbones:
+        model.backbones["vit"] = place
 
 
 def set_dropout(model: VisionGPT, p: float) -> None:

@@ -42,6 +42,7 @@ from train import (
     resolve_config,
     train,
 )
+from vit import ViT
 
 SCRIPT = Path(trainer.__file__)
 
@@ -553,11 +554,11 @@ def test_settings_that_cannot_be_are_refused(flag, value, message):
         TrainConfig(**{flag: value})
 
 
-@pytest.mark.parametrize("other", [dict(preset="shapes"), dict(preset="mini"), dict(init_from="out/run")])
-def test_backbones_that_would_not_be_read_are_refused(other):
-    for name in ("vit", "gpt2") if other != dict(preset="mini") else ("gpt2",):
-        with pytest.raises(UserError, match="--vit and --gpt2 start a model of preset flickr8k"):
-            TrainConfig(**{name: "file.safetensors"}, **other)
+@pytest.mark.parametrize("given", [dict(gpt2="file", preset="shapes"), dict(gpt2="file", preset="mini"),
+                                   dict(gpt2="file", init_from="out/run"), dict(vit="file", preset="shapes")])
+def test_backbones_that_would_not_be_read_are_refused(given):
+    with pytest.raises(UserError, match="--gpt2 starts a model of preset|--vit is not for preset shapes"):
+        TrainConfig(**given)
 
 
 def test_several_gpus_are_refused(monkeypatch):
@@ -774,6 +775,21 @@ def test_mini_preset_takes_other_eyes(base, config):
     eyes = base.folder / "weights/vit.safetensors"
     model, _ = build_model(config(**{**PRESETS["mini"], "preset": "mini", "vit": str(eyes)}))
     assert torch.equal(model.vit.pos_embed, base.model.vit.pos_embed)
+
+
+@pytest.mark.parametrize("source", ["complete", "fusion"])
+def test_a_model_is_fine_tuned_behind_other_eyes(source, base, config, tmp_path):
+    eyes, file = ViT(dataclasses.replace(base.model.config.vit, n_layer=1)), tmp_path / "eyes.safetensors"
+    checkpoint.save_module(eyes, file, sha256=checkpoint.sha256(eyes.state_dict()))
+    cfg = config(init_from=str(base.folder / source), vit=str(file), eval_interval=1)
+    train(cfg)
+    seen = VisionGPT.from_pretrained(cfg.out, "cpu")
+    assert torch.equal(seen.vit.pos_embed, eyes.pos_embed) and seen.config.vit.n_layer == 1
+    assert torch.equal(seen.gpt2.wte.weight, base.model.gpt2.wte.weight)
+    narrow = ViT(dataclasses.replace(base.model.config.vit, n_embd=8, n_head=2))
+    checkpoint.save_module(narrow, file)
+    with pytest.raises(UserError, match="is 8 wide, the model's own ViT 12"):
+        build_model(cfg)
 
 
 # --------------------------------------------------------------------------------------------------
