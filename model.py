@@ -40,7 +40,7 @@ class VisionGPTConfig:
 
 
 class VisionGPT(nn.Module):
-    """The captioner. ViT and GPT-2 are frozen unless `freeze(False)` is called."""
+    """The captioner. ViT and GPT-2 are frozen unless `freeze` says otherwise."""
 
     def __init__(self, config: VisionGPTConfig | None = None, tokenizer: Tokenizer | None = None,
                  vit: ViT | None = None, gpt2: GPT2 | None = None):
@@ -56,20 +56,19 @@ class VisionGPT(nn.Module):
                                     for i in config.cross_attention})
         given = tuple(name for name, part in (("vit.", vit), ("gpt2.", gpt2)) if part)
         init_weights({name: p for name, p in self.named_parameters() if not name.startswith(given)}, config)
-        self.freeze()
+        self.freeze("vit", "gpt2")
 
-    def freeze(self, frozen: bool = True) -> "VisionGPT":
-        """Train the fusion alone (True) or everything (False)."""
+    def freeze(self, *frozen: str) -> "VisionGPT":
+        """Train all but the backbones named: freeze("vit", "gpt2") the fusion alone, freeze() everything."""
         self.frozen = frozen
-        for backbone in (self.vit, self.gpt2):
-            backbone.requires_grad_(not frozen)
+        for name in ("vit", "gpt2"):
+            getattr(self, name).requires_grad_(name not in frozen)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> "VisionGPT":
         super().train(mode)
-        if self.frozen:                     # frozen parts always run in eval mode: no dropout in them
-            self.vit.eval()
-            self.gpt2.eval()
+        for name in self.frozen:            # frozen parts always run in eval mode: no dropout in them
+            getattr(self, name).eval()
         return self
 
     @property
@@ -138,7 +137,7 @@ class VisionGPT(nn.Module):
         """
         x, head = self.hidden(tokens, self.cross_kv(visual), positions), self.gpt2.wte
         is_target = targets != -100
-        if self.frozen:
+        if "gpt2" in self.frozen:
             x, targets = self.gpt2.ln_f(x[is_target]), targets[is_target]           # (M, C), (M,)
             total = ChunkedLoss.apply(x.to(head.weight.dtype), head.unembed, targets, label_smoothing)
         else:

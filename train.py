@@ -2,6 +2,7 @@
 
     python train.py --preset shapes     # everything from scratch on drawn scenes: minutes, no download
     python train.py                     # the fusion on Flickr8k, after prepare_flickr8k and convert_weights
+    python train.py --preset mini       # a small captioner behind the eyes of assets/mini
     python train.py --resume            # continue a run that was stopped anywhere, with the same flags
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,16 +27,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fast
 import prepare_shapes
 from data import CaptionSet, ImageInputs, collate, epoch_batches, load_ahead, pin, to_device
+from decoding import DecodingConfig
 from gpt2 import GPT2Config
 from lib import checkpoint, cli, figures, records
 from lib.cli import UserError, flag
+from lib.metrics import CiderScorer, score, tokenize
 from lib.prepared_set import clean_caption
 from lib.runs import RUN_FILES, Log, cpu_threads, peak_memory, run_folder, stop_signal
 from lib.scenes import judge, read_scenes
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
-from tokenizer import Tokenizer
-from vit import ViTConfig
+from tokenizer import Tokenizer, pack_captions
+from vit import ViT, ViTConfig
 
 
 @dataclass
@@ -43,11 +47,11 @@ class TrainConfig:
     data: str = flag("data/flickr8k", "folder of a prepared dataset")
     out: str = flag("", "checkpoint folder; out/PRESET when empty")
     weights: str = flag("weights", "folder of vit.safetensors and gpt2.safetensors, from convert_weights.py")
-    vit: str = flag("", "ViT file, if it is not the one in --weights")
+    vit: str = flag("", "ViT file, if it is not the one in --weights or --init-from; or a whole checkpoint")
     gpt2: str = flag("", "GPT-2 file, if it is not the one in --weights")
     init_from: str = flag("", "fine-tune the model in this checkpoint folder")
-    train: str = flag("fusion", "what to train: the resampler and cross-attention, or everything",
-                      choices=["fusion", "all"])
+    train: str = flag("fusion", "what to train: resampler and cross-attention, GPT-2 too, or everything",
+                      choices=["fusion", "text", "all"])
     epochs: int = flag(8, "passes over the training images", min=1)
     max_steps: int = flag(0, "stop after this many optimizer steps; 0: when the epochs are done", min=0)
     batch_size: int = flag(32, "images per forward pass", min=1, max=65536)
@@ -64,9 +68,13 @@ class TrainConfig:
     label_smoothing: float = flag(0.0, "share of each target spread over the vocabulary, in training only",
                                   min=0, max=0.99)
     augment: bool = flag(False, "random crops and flips; the ViT's features are then not cached")
+    self_critical: int = flag(0, "captions sampled per image in a step, rewarded by CIDEr-D; 0: learn from "
+                                 "people's captions", min=0, max=1024)
     blind: bool = flag(False, "replace every picture by the same grey one: the caption-only baseline")
     eval_interval: int = flag(200, "optimizer steps between evaluations", min=1)
     eval_images: int = flag(500, "validation images per evaluation, with all their captions", min=1)
+    eval_captions: int = flag(0, "of these, how many are captioned and scored; 0: none", min=0)
+    select: str = flag("loss", "which validation score the checkpoint is best in", choices=["loss", "CIDEr"])
     save_interval: int = flag(200, "optimizer steps between saves of the training state", min=1)
     log_interval: int = flag(20, "optimizer steps between log lines", min=1)
     num_samples: int = flag(4, "validation captions shown at each evaluation", min=0)
@@ -83,9 +91,16 @@ class TrainConfig:
     def __post_init__(self):
         self.out = self.out or f"out/{self.preset}"
         cli.check_ranges(self)
-        if (self.vit or self.gpt2) and (self.init_from or self.preset != "flickr8k"):
-            raise UserError("--vit and --gpt2 start a model of preset flickr8k: leave them out with "
-                            "--init-from or another preset")
+        if self.gpt2 and (self.init_from or self.preset != "flickr8k"):
+            raise UserError("--gpt2 starts a model of preset flickr8k: leave it out with --init-from or "
+                            "another preset")
+        if self.vit and self.preset == "shapes":
+            raise UserError("--vit is not for preset shapes, which draws what its own ViT learns to see")
+        if self.self_critical and (self.self_critical < 2 or not self.init_from):
+            raise UserError("--self-critical compares 2 captions or more of a model that can write: "
+                            "name its folder with --init-from")
+        if self.select == "CIDEr" and not self.eval_captions:
+            raise UserError("--select CIDEr needs captions to score: add --eval-captions")
         if self.resume and self.overwrite:
             raise UserError("--resume continues the run, --overwrite throws it away: give one of them")
         if self.init_from and os.path.realpath(self.init_from) == os.path.realpath(self.out):
@@ -96,23 +111,29 @@ class TrainConfig:
 
 
 MINI_VOCABULARY = 3072                 # tokens of the BPE that the mini preset trains on its captions
+MINI_EYES = checkpoint.ROOT / "assets/mini"        # its ViT, taught by assets/mini/distill.py
+FROZEN = {"fusion": ("vit", "gpt2"), "text": ("vit",), "all": ()}                  # by what is trained
 
 PRESETS = {
     "flickr8k": {},
-    "mini": dict(train="all", batch_size=64, captions_per_image=2, epochs=60, learning_rate=1e-3, min_lr=1e-5,
-                 warmup_steps=200, weight_decay=0.05, dropout=0.1, word_dropout=0.2, label_smoothing=0.1,
-                 augment=True, eval_interval=500, eval_images=1000, save_interval=500, log_interval=50),
+    "mini": dict(train="text", batch_size=64, captions_per_image=2, epochs=20, learning_rate=1e-3,
+                 min_lr=1e-5, weight_decay=0.05, dropout=0.2, word_dropout=0.2, label_smoothing=0.1,
+                 eval_images=1000, eval_captions=1000, log_interval=50),
     "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=3, learning_rate=1e-3, min_lr=1e-5,
                    dropout=0.0, eval_interval=1000, eval_images=200, save_interval=500, log_interval=100,
                    threads=1),         # layers so small that a second thread costs more than it gains
 }
+# in place of the preset's with --self-critical
+SELF_CRITICAL = dict(epochs=2, learning_rate=5e-5, min_lr=5e-6, warmup_steps=20, dropout=0.0,
+                     word_dropout=0.0, label_smoothing=0.0, eval_interval=50, eval_images=1000,
+                     eval_captions=1000, select="CIDEr")
 # may differ between a run and its --resume; the first two move the end of the learning rate's cosine
 RESUMABLE = ("epochs", "max_steps", "eval_interval", "save_interval", "log_interval", "device", "tracker",
              "num_samples", "resume")
 
 
-def scratch_config(preset: str, vocab_size: int, n_positions: int) -> VisionGPTConfig:
-    """The small models that are trained from scratch, by preset."""
+def scratch_config(preset: str, vocab_size: int, n_positions: int, vit: ViTConfig | None) -> VisionGPTConfig:
+    """The small models that are trained from scratch, by preset; mini's all but its eyes."""
     if preset == "shapes":
         # a patch holds a cell of the drawing; mean and std make the pale ground nearly zero
         vit = ViTConfig(image_size=96, patch_size=32, n_layer=2, n_head=4, n_embd=128, n_mlp=256,
@@ -120,7 +141,6 @@ def scratch_config(preset: str, vocab_size: int, n_positions: int) -> VisionGPTC
         gpt2 = GPT2Config(n_layer=3, n_head=4, n_embd=128)
         resampler = ResamplerConfig(n_latent=16, n_layer=1, n_head=4, head_width=32, n_mlp=256)
     else:
-        vit = ViTConfig(image_size=128, patch_size=16, n_layer=6, n_head=4, n_embd=256, n_mlp=512)
         gpt2 = GPT2Config(n_layer=3, n_head=4, n_embd=256)
         resampler = ResamplerConfig(n_latent=32, n_layer=1, n_head=4, head_width=64, n_mlp=256)
     gpt2.vocab_size, gpt2.n_positions = vocab_size, n_positions
@@ -129,7 +149,8 @@ def scratch_config(preset: str, vocab_size: int, n_positions: int) -> VisionGPTC
 
 def resolve_config(given: dict) -> tuple[TrainConfig, dict | None]:
     """The flags of the command line -> the settings of the run, and the saved state to resume or None."""
-    cfg = TrainConfig(**{**PRESETS[given.get("preset", "flickr8k")], **given})
+    rewarded = SELF_CRITICAL if given.get("self_critical") else {}
+    cfg = TrainConfig(**{**PRESETS[given.get("preset", "flickr8k")], **rewarded, **given})
     saved = TrainState.read(Path(cfg.out) / "training_state.pt") if cfg.resume else None
     if saved is None:
         return cfg, None
@@ -149,6 +170,8 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
     """The model to train, on the CPU in float32, and the data in its tokens."""
     if cfg.init_from:
         model = VisionGPT.from_pretrained(cfg.init_from, "cpu", torch.float32, cfg.weights)
+        if cfg.vit:
+            exchange_eyes(model, Path(cfg.vit))
         data = CaptionSet(cfg.data, model.require_tokenizer())
     elif cfg.preset == "flickr8k":
         files = {"vit": Path(cfg.vit or f"{cfg.weights}/vit.safetensors"),
@@ -161,22 +184,43 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
         model = VisionGPT.from_backbones(files, data.tokenizer)
         model.require_tokenizer()                                     # raises UserError if it is not GPT-2's
     else:
-        data = CaptionSet(cfg.data)
+        data, vit = CaptionSet(cfg.data), None
         if cfg.preset == "mini":
+            vit = load_eyes(Path(cfg.vit or MINI_EYES))
             clean = clean_caption if data.preprocessing["clean_captions"] else str
             texts = [clean(text) for i in data.split("train") for text in data.references(i)]
             data = CaptionSet(cfg.data, Tokenizer.train(texts, MINI_VOCABULARY))
         positions = max(64, 1 + int(np.diff(data.offset).max()))
-        model = VisionGPT(scratch_config(cfg.preset, data.tokenizer.vocab_size, positions), data.tokenizer)
-    set_dropout(model, cfg.dropout, cfg.train == "all")
+        config = scratch_config(cfg.preset, data.tokenizer.vocab_size, positions, vit and vit.config)
+        model = VisionGPT(config, data.tokenizer, vit)
+    model.freeze(*FROZEN[cfg.train])
+    set_dropout(model, cfg.dropout)
     check_lengths(data, model)
-    return model.freeze(cfg.train == "fusion"), data
+    return model, data
 
 
-def set_dropout(model: VisionGPT, p: float, everywhere: bool) -> None:
-    """Give the fusion, or with `everywhere` the backbones too, the dropout of this run."""
+def load_eyes(place: Path) -> ViT:
+    """The ViT in a file, or in the whole checkpoint in a folder, in float32."""
+    whole = place.is_dir()
+    return (VisionGPT.from_pretrained(place, "cpu", torch.float32).vit if whole else
+            ViT.from_pretrained(place).float())
+
+
+def exchange_eyes(model: VisionGPT, place: Path) -> None:
+    """Give a model the ViT in a file or checkpoint. Raises UserError when it is of another width."""
+    vit = load_eyes(place)
+    if vit.config.n_embd != model.config.vit.n_embd:
+        raise UserError(f"{place} is {vit.config.n_embd} wide, the model's own ViT {model.config.vit.n_embd}")
+    model.vit, model.config.vit = vit, vit.config
+    if model.backbones:
+        model.backbones["vit"] = place
+
+
+def set_dropout(model: VisionGPT, p: float) -> None:
+    """Give what is trained the dropout of this run."""
     parts = [(model.config.resampler, model.resampler), (model.config.resampler, model.xattn)]
-    parts += [(model.config.vit, model.vit), (model.config.gpt2, model.gpt2)] if everywhere else []
+    parts += [(getattr(model.config, name), getattr(model, name)) for name in ("vit", "gpt2")
+              if name not in model.frozen]
     for config, part in parts:
         config.dropout = p
         for module in part.modules():
@@ -205,7 +249,7 @@ def configure_optimizer(model: VisionGPT, cfg: TrainConfig) -> torch.optim.AdamW
     other = [p for name, p in named.items() if name not in matrix]
     groups = [{"params": list(matrix.values()), "weight_decay": cfg.weight_decay},
               {"params": other, "weight_decay": 0.0}]
-    betas = 0.9, 0.98 if cfg.train == "all" else 0.999
+    betas = 0.9, 0.999 if cfg.train == "fusion" else 0.98
     return torch.optim.AdamW(groups, cfg.learning_rate, betas, fused=model.device.type in ("cpu", "cuda"))
 
 
@@ -273,14 +317,63 @@ def batch_loss(model: VisionGPT, batch: dict, amp: torch.dtype | None, label_smo
                           reduction="sum")
 
 
+class Reward:
+    """CIDEr-D of captions of training images, n-grams weighed by how rare they are in that split.
+
+    The end counts as a word: else a caption may win by stopping after "in a".
+    """
+
+    def __init__(self, data: CaptionSet):
+        images = data.split("train").tolist()
+        self.place = {image: place for place, image in enumerate(images)}
+        self.scorer = CiderScorer([[self.words(text, True) for text in data.references(i)] for i in images])
+
+    @staticmethod
+    def words(text: str, ended: bool) -> list[str]:
+        return tokenize(text) + ["."] * ended
+
+    def __call__(self, image: int, texts: list[str], ended: list[bool]) -> list[float]:
+        return self.scorer.score([self.words(*caption) for caption in zip(texts, ended)], self.place[image])
+
+
+def self_critical_loss(model: VisionGPT, batch: dict, reward: Reward, n: int,
+                       amp: torch.dtype | None) -> Tensor:
+    """Minus the mean reward of `n` captions sampled for each image, with REINFORCE's gradient.
+
+    A caption is judged against the mean of the others of its image (Rennie et al. 2017, arXiv:1612.00563).
+    """
+    with autocast(model.device, amp):
+        visual = model.encode(images=batch.get("images"), features=batch.get("features"))
+        config = DecodingConfig(temperature=1.0, num_return_sequences=n, max_length=caption_room(model))
+        rows, _ = model.generate_tokens(config, visual=visual.detach())
+    ended = [len(row) < config.max_length for row in rows]
+    texts, places = [model.tokenizer.decode(row) for row in rows], range(0, len(rows), n)
+    rewards = torch.tensor([reward(image, texts[i : i + n], ended[i : i + n])
+                            for image, i in zip(batch["numbers"].tolist(), places)])                # (B, n)
+    advantage = (rewards - rewards.mean(1, keepdim=True)) * n / (n - 1)
+    tokens, targets, positions = pack_captions([rows[i : i + n] for i in places], model.eos_id)
+    targets[targets == model.eos_id] = torch.where(torch.tensor(ended), model.eos_id, -100)    # as sampled
+    which = ((positions == 0).cumsum(1) - 1).clamp(max=n - 1)               # number of the caption, (B, T)
+    weights, targets = advantage.gather(1, which).to(model.device), targets.to(model.device)
+    with autocast(model.device, amp):
+        logits, _ = model(tokens.to(model.device), visual, positions=positions.to(model.device))
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    loss = (weights * losses).sum() / len(rows)
+    return loss - loss.detach() - rewards.mean()
+
+
 def train_step(model: VisionGPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-               micro_batches: list, cfg: TrainConfig, amp: torch.dtype | None) -> Tensor:
-    """An optimizer step over its micro-batches -> the mean loss over all their targets."""
+               micro_batches: list, cfg: TrainConfig, amp: torch.dtype | None,
+               reward: Reward | None = None) -> Tensor:
+    """An optimizer step over its micro-batches -> the mean loss over all targets, or minus the reward."""
     count, total = sum(batch["count"] for batch in micro_batches), 0.0
     for batch in micro_batches:
         batch = to_device(batch, model.device, model.config.vit)
-        batch["tokens"] = word_dropout(batch["tokens"], cfg.word_dropout, model.eos_id)
-        loss = batch_loss(model, batch, amp, cfg.label_smoothing) / count
+        if reward:
+            loss = self_critical_loss(model, batch, reward, cfg.self_critical, amp) / len(micro_batches)
+        else:
+            batch["tokens"] = word_dropout(batch["tokens"], cfg.word_dropout, model.eos_id)
+            loss = batch_loss(model, batch, amp, cfg.label_smoothing) / count
         scaler.scale(loss).backward()
         total = total + loss.detach()
     scaler.unscale_(optimizer)
@@ -312,16 +405,23 @@ def estimate_loss(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, image
 
 @torch.inference_mode()
 def sample_captions(model: VisionGPT, inputs: ImageInputs, images: np.ndarray,
-                    amp: torch.dtype | None) -> list[str]:
-    """Greedy captions of `images`."""
+                    amp: torch.dtype | None) -> tuple[list[str], float]:
+    """Greedy captions of `images`, and the share of them that came to an end by themselves."""
     model.eval()
-    texts, room = [], model.config.gpt2.n_positions - 1
+    texts, ended, config = [], 0, DecodingConfig(max_length=caption_room(model))
     for start in cli.progress(range(0, len(images), 32), "captions: batch"):
         seen = to_device(inputs(images[start : start + 32]), model.device, model.config.vit)
         with autocast(model.device, amp):
-            texts += model.generate(visual=model.encode(**seen), max_length=min(50, room))
+            rows, _ = model.generate_tokens(config, visual=model.encode(**seen))
+        texts += [model.tokenizer.decode(row).strip() for row in rows]
+        ended += sum(len(row) < config.max_length for row in rows)
     model.train()
-    return texts
+    return texts, ended / len(texts)
+
+
+def caption_room(model: VisionGPT) -> int:
+    """The most tokens of a caption."""
+    return min(50, model.config.gpt2.n_positions - 1)
 
 
 @dataclass
@@ -426,15 +526,19 @@ class TrainState:
 log = functools.partial(print, flush=True)
 
 
+def saved_elsewhere(model: VisionGPT) -> dict:
+    """The files of the backbones when both are frozen, which are then not saved again."""
+    return model.backbones if len(model.frozen) == 2 else {}
+
+
 def place_model(model: VisionGPT, data: CaptionSet, cfg: TrainConfig, device: torch.device,
                 amp: torch.dtype | None) -> ImageInputs:
     """Move the model to where it trains, cache the features of a frozen ViT; returns the model's inputs."""
-    kept = model.frozen and model.backbones                           # files that are not saved again
+    kept = saved_elsewhere(model)
     frozen_dtype = amp if kept and amp else torch.float32
     inputs = ImageInputs(model, data, cfg, device, frozen_dtype)
-    if model.frozen:
-        model.vit.to(frozen_dtype)
-        model.gpt2.to(frozen_dtype)
+    for name in model.frozen:
+        getattr(model, name).to(frozen_dtype)
     model.to(device)
     if device.type == "cpu":
         fast.pack(model, copies=False)                                # long inputs gain nothing by them
@@ -446,8 +550,8 @@ def place_model(model: VisionGPT, data: CaptionSet, cfg: TrainConfig, device: to
 def input_hashes(model: VisionGPT, data: CaptionSet) -> dict[str, str]:
     """What a resumed run must find unchanged: the hashes of frozen weights and of the captions."""
     hashes = {name: checkpoint.read_metadata(file).get("sha256") for name, file in model.backbones.items()}
-    if model.frozen and not hashes:                                   # of a complete checkpoint
-        hashes = {name: checkpoint.sha256(getattr(model, name).state_dict()) for name in ("vit", "gpt2")}
+    if not hashes:                                                    # of a complete checkpoint
+        hashes = {name: checkpoint.sha256(getattr(model, name).state_dict()) for name in model.frozen}
     return hashes | {"captions": data.fingerprint()}
 
 
@@ -461,43 +565,52 @@ def evaluate(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: Train
     """Validation losses and a few captions; the best model so far is written to the checkpoint folder."""
     images = data.split("val")[: cfg.eval_images]
     val_loss, shuffled_loss = estimate_loss(model, data, inputs, images, cfg.batch_size, amp)
-    logger.write(state.step, val_loss=val_loss, val_loss_shuffled=shuffled_loss)
     log(f"step {state.step}: validation loss {val_loss:.4f}, with another image {shuffled_loss:.4f}")
-    images = images[: cfg.num_samples]
-    for image, text in zip(images, sample_captions(model, inputs, images, amp)):
-        log(f"  {data.names[image]}: {text}   (reference: {data.references(image)[0]})")
-    if val_loss < state.best:
-        state.best = val_loss
+    scores = dict(val_loss=val_loss, val_loss_shuffled=shuffled_loss)
+    images = images[: max(cfg.eval_captions, cfg.num_samples)]
+    if len(images):
+        texts, ended = sample_captions(model, inputs, images, amp)
+        for image, text in zip(images[: cfg.num_samples], texts):
+            log(f"  {data.names[image]}: {text}   (reference: {data.references(image)[0]})")
+    if cfg.eval_captions:
+        references = [data.references(i) for i in images]
+        cider, shuffled = (score(said, references)[0]["CIDEr"] for said in (texts, texts[1:] + texts[:1]))
+        log(f"  CIDEr {cider:.4f}, of the next image's captions {shuffled:.4f}; {ended:.1%} came to an end")
+        scores |= dict(val_cider=cider, val_cider_shuffled=shuffled, val_ended=ended)
+    logger.write(state.step, **scores)
+    error = val_loss if cfg.select == "loss" else -cider
+    if error < state.best:
+        state.best = error
         photographs = not (cfg.blind or Path(cfg.data, "scenes.jsonl").exists())
-        summary = dict(step=state.step, val_loss=val_loss, val_loss_shuffled=shuffled_loss, preset=cfg.preset,
-                       data=cfg.data, photographs=photographs, blind=cfg.blind)
-        model.save_pretrained(cfg.out, torch.float32, model.backbones if model.frozen else None, summary)
+        summary = dict(step=state.step, **scores, preset=cfg.preset, data=cfg.data, photographs=photographs,
+                       blind=cfg.blind)
+        model.save_pretrained(cfg.out, torch.float32, saved_elsewhere(model), summary)
 
 
 def finish(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig, logger: Log,
            amp: torch.dtype | None) -> None:
     """What one looks at after a run: loss.png, samples.png; for drawn scenes the share of right captions."""
     out = Path(cfg.out)
-    file = out / ("fusion.safetensors" if model.frozen and model.backbones else "model.safetensors")
+    file = out / ("fusion.safetensors" if saved_elsewhere(model) else "model.safetensors")
     if file.exists():                                                 # show the best model, not the last
         model.load_state_dict(model.state_dict() | checkpoint.read_tensors(file))
     curves = {name: logger.curve(name) for name in ("loss", "val_loss", "val_loss_shuffled")}
     figures.save(figures.loss_curve(curves), out / "loss.png")
     images = data.split("val")[:12]
-    texts = sample_captions(model, inputs, images, amp)
+    texts, _ = sample_captions(model, inputs, images, amp)
     figures.save(figures.contact_sheet([Image.fromarray(data.images[i]) for i in images], texts),
                  out / "samples.png")
     log(f"{out} holds the best model, log.jsonl, loss.png and samples.png")
     if scenes := read_scenes(cfg.data, len(data.names)):
         test = data.split("test")
-        texts = sample_captions(model, inputs, test, amp)
+        texts, _ = sample_captions(model, inputs, test, amp)
         right = sum(judge(text, scenes[i]) for text, i in zip(texts, test))
         log(f"{right} of {len(test)} greedy captions of unseen test scenes are right in every word "
             f"({100 * right / len(test):.1f} %)")
 
 
 def train(cfg: TrainConfig, saved: dict | None = None) -> float:
-    """Train as `cfg` says, from `saved` where a run is resumed; returns the best validation loss.
+    """Train as `cfg` says, from `saved` where a run is resumed; returns the best validation loss or -CIDEr.
 
     What is random in a step (order, crops, dropout) follows from (seed, step) alone, so a resumed run repeats
     exactly what an unbroken one would have done. Raises UserError for what the user can fix.
@@ -525,6 +638,8 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
         log(f"{trained:,} of {held:,} parameters trained on {n_train:,} images of {cfg.data}; "
             f"{total} steps on {device}, {amp or torch.float32}")
 
+        reward = Reward(data) if cfg.self_critical else None
+
         # one optimizer step after another
         model.train()
         captions, since, started = 0, state.step, time.monotonic()
@@ -533,7 +648,8 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
                 torch.manual_seed((cfg.seed * 1_000_003 + state.step) % 2**63)
                 for group in state.optimizer.param_groups:
                     group["lr"] = get_lr(state.step, total, cfg)
-                state.losses.append(train_step(model, state.optimizer, state.scaler, micro_batches, cfg, amp))
+                state.losses.append(train_step(model, state.optimizer, state.scaler, micro_batches, cfg, amp,
+                                               reward))
                 captions += sum(batch["captions"] for batch in micro_batches)
                 state.step += 1
 

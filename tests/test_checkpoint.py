@@ -106,7 +106,7 @@ def test_on_a_gpu_the_dtype_is_that_of_the_stored_fusion(stored, tmp_path):
 def test_a_loaded_model_trains_without_touching_its_file(trained):
     files = checkpoint.Path("out/run/fusion.safetensors"), checkpoint.Path("weights/vit.safetensors")
     before = [file.read_bytes() for file in files]
-    model = VisionGPT.from_pretrained("out/run", device="cpu").freeze(False)
+    model = VisionGPT.from_pretrained("out/run", device="cpu").freeze()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)

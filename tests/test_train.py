@@ -30,6 +30,7 @@ from data import CaptionSet, ImageInputs, collate, epoch_batches, read_pixels, t
 from lib import checkpoint, cli, figures
 from lib.cli import UserError
 from lib.images import normalize
+from lib.metrics import score
 from lib.prepared_set import clean_caption
 from model import VisionGPT
 from train import (
@@ -42,6 +43,7 @@ from train import (
     resolve_config,
     train,
 )
+from vit import ViT
 
 SCRIPT = Path(trainer.__file__)
 
@@ -595,11 +597,11 @@ def test_settings_that_cannot_be_are_refused(flag, value, message):
         TrainConfig(**{flag: value})
 
 
-@pytest.mark.parametrize("other", [dict(preset="shapes"), dict(preset="mini"), dict(init_from="out/run")])
-def test_backbones_that_would_not_be_read_are_refused(other):
-    for name in ("vit", "gpt2"):
-        with pytest.raises(UserError, match="--vit and --gpt2 start a model of preset flickr8k"):
-            TrainConfig(**{name: "file.safetensors"}, **other)
+@pytest.mark.parametrize("given", [dict(gpt2="file", preset="shapes"), dict(gpt2="file", preset="mini"),
+                                   dict(gpt2="file", init_from="out/run"), dict(vit="file", preset="shapes")])
+def test_backbones_that_would_not_be_read_are_refused(given):
+    with pytest.raises(UserError, match="--gpt2 starts a model of preset|--vit is not for preset shapes"):
+        TrainConfig(**given)
 
 
 def test_several_gpus_are_refused(monkeypatch):
@@ -647,15 +649,18 @@ def test_optimizer_decays_matrices_of_what_is_trained(part, config):
 def test_dropout_is_only_in_what_is_trained(kind, base, config):
     """Fine-tuning everything once had none in the backbones, which come without."""
     start = {"init_from": str(base.folder / "fusion")} if kind.startswith("from") else {}
-    everywhere = not kind.endswith("fusion")
+    part = "text" if kind == "mini" else "fusion" if kind.endswith("fusion") else "all"
     preset = dict(preset="mini") if kind == "mini" else {}
-    model, _ = build_model(config(train="all" if everywhere else "fusion", dropout=0.4, **start, **preset))
+    model, _ = build_model(config(train=part, dropout=0.4, **start, **preset))
+    trained = {"fusion": ("resampler.", "xattn."), "text": ("resampler.", "xattn.", "gpt2."), "all": ""}[part]
     model.train()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
             active = module.training and module.p == 0.4
-            assert active == (everywhere or name.startswith(("resampler.", "xattn."))), name
-    assert model.config.resampler.dropout == 0.4 and model.config.vit.dropout == (0.4 if everywhere else 0)
+            assert active == name.startswith(trained), name
+    assert model.config.resampler.dropout == 0.4
+    assert model.config.gpt2.dropout == (0 if part == "fusion" else 0.4)
+    assert kind == "mini" or model.config.vit.dropout == (0.4 if part == "all" else 0)
 
 
 def test_validation_is_over_targets_with_every_image_at_its_place(base, config):
@@ -779,7 +784,7 @@ def test_presets_are_settings(preset):
     for name, value in PRESETS[preset].items():
         assert type(value) is type(getattr(TrainConfig(), name)), name
         assert getattr(cfg, name) == (3 if name == "epochs" else value)
-    assert cfg.train == ("fusion" if preset == "flickr8k" else "all")
+    assert cfg.train == {"flickr8k": "fusion", "mini": "text", "shapes": "all"}[preset]
 
 
 def test_shapes_preset_trains_a_complete_model_and_judges_it(tmp_path, monkeypatch, capsys):
@@ -804,7 +809,103 @@ def test_mini_preset_makes_its_own_tokens(base, config):
     texts = [text for i in data.split("train") for text in base.texts[i]]
     assert data.tokenizer.ranks == model.tokenizer.ranks != CaptionSet(cfg.data).tokenizer.ranks
     assert "".join(texts) and model.config.gpt2.vocab_size == data.tokenizer.vocab_size
-    assert model.config.gpt2.n_positions == 64 and not model.frozen
+    assert model.config.gpt2.n_positions == 64 and model.frozen == ("vit",)
+    bundled = VisionGPT.from_pretrained(checkpoint.ROOT / "assets/mini", "cpu")
+    assert all(torch.equal(p, bundled.vit.state_dict()[name]) for name, p in model.vit.state_dict().items())
+
+
+def test_mini_preset_takes_other_eyes(base, config):
+    eyes = base.folder / "weights/vit.safetensors"
+    model, _ = build_model(config(**{**PRESETS["mini"], "preset": "mini", "vit": str(eyes)}))
+    assert torch.equal(model.vit.pos_embed, base.model.vit.pos_embed)
+
+
+@pytest.mark.parametrize("source", ["complete", "fusion"])
+def test_a_model_is_fine_tuned_behind_other_eyes(source, base, config, tmp_path):
+    eyes, file = ViT(dataclasses.replace(base.model.config.vit, n_layer=1)), tmp_path / "eyes.safetensors"
+    checkpoint.save_module(eyes, file, sha256=checkpoint.sha256(eyes.state_dict()))
+    cfg = config(init_from=str(base.folder / source), vit=str(file), eval_interval=1)
+    train(cfg)
+    seen = VisionGPT.from_pretrained(cfg.out, "cpu")
+    assert torch.equal(seen.vit.pos_embed, eyes.pos_embed) and seen.config.vit.n_layer == 1
+    assert torch.equal(seen.gpt2.wte.weight, base.model.gpt2.wte.weight)
+    narrow = ViT(dataclasses.replace(base.model.config.vit, n_embd=8, n_head=2))
+    checkpoint.save_module(narrow, file)
+    with pytest.raises(UserError, match="is 8 wide, the model's own ViT 12"):
+        build_model(cfg)
+
+
+# --------------------------------------------------------------------------------------------------
+# rewards
+
+
+def test_evaluation_scores_captions_and_keeps_the_model_with_the_best(base, config):
+    cfg = config(init_from=str(base.folder / "complete"), eval_captions=4, select="CIDEr", max_steps=4,
+                 eval_interval=1)
+    best = train(cfg)
+    cider, loss = log_of(cfg, "val_cider"), log_of(cfg, "val_loss")
+    assert best == -max(cider.values()) and log_of(cfg, "val_cider_shuffled") and len(loss) == 4
+    saved = checkpoint.read_config(cfg.out)["training"]
+    assert saved["val_cider"] == max(cider.values()) and 0 <= saved["val_ended"] <= 1
+
+
+def test_reward_is_cider_d_with_an_end_word(base, config):
+    _, data = build_model(config())
+    images, reward = data.split("train").tolist(), trainer.Reward(data)
+    texts = [data.references(i)[0] for i in images]
+    others = texts[1:] + texts[:1]
+    found = [reward(i, [text, other], [True, False]) for i, text, other in zip(images, texts, others)]
+    references = [[text + " END" for text in data.references(i)] for i in images]
+    for column, said in enumerate(([text + " END" for text in texts], others)):
+        wanted = score(said, references)[1]["CIDEr"]
+        assert [pair[column] for pair in found] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_self_critical_gradient_is_that_of_the_expected_reward(base, config, monkeypatch):
+    """Averaged over many samples it nears the gradient of sum over captions of probability x reward.
+
+    Captions of a single token or none, so that all of them can be listed; the reward favours one token.
+    """
+    cfg = config(init_from=str(base.folder / "complete"), dropout=0.0, self_critical=64)
+    model, data = build_model(cfg)
+    inputs = ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(trainer, "caption_room", lambda model: 1)
+    batch = to_device(collate(data, data.split("train")[:2], inputs), model.device, model.config.vit)
+    worth = torch.rand(model.eos_id + 1)
+    token_of = {model.tokenizer.decode([i]): i for i in range(model.eos_id)} | {"": model.eos_id}
+
+    def reward(image, texts, ended):
+        return [worth[token_of[text]].item() for text in texts]
+    torch.manual_seed(0)
+    total = 0.0
+    for _ in range(40):
+        loss = trainer.self_critical_loss(model, batch, reward, cfg.self_critical, None)
+        total = total + torch.autograd.grad(loss, model.xattn["1"].out.weight)[0] / 40
+    start = torch.full((2, 1), model.eos_id)
+    logits, _ = model(start, model.encode(features=batch["features"]))
+    values = torch.tensor([worth[token_of[model.tokenizer.decode([i])]] if i < model.eos_id else worth[i]
+                           for i in range(model.eos_id + 1)])
+    expected = -(logits[:, 0].softmax(-1) @ values).mean()
+    exact = torch.autograd.grad(expected, model.xattn["1"].out.weight)[0]
+    assert F.cosine_similarity(total.flatten(), exact.flatten(), 0) > 0.9
+    assert 0.8 < total.norm() / exact.norm() < 1.25
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(self_critical=5), "name its folder with --init-from"),
+    (dict(self_critical=1, init_from="out/run"), "2 captions or more"),
+    (dict(select="CIDEr"), "add --eval-captions")])
+def test_rewards_need_a_model_and_captions(given, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**given)
+
+
+def test_self_critical_run_writes_its_rewards(base, config):
+    given = dict(init_from=str(base.folder / "complete"), self_critical=3, preset="mini", eval_captions=2)
+    cfg, _ = resolve_config({**dataclasses.asdict(config(**given)), "train": "all", "max_steps": 2})
+    assert trainer.resolve_config(given)[0].select == "CIDEr"
+    train(cfg)
+    assert all(-10 <= loss <= 0 for loss in log_of(cfg, "loss").values())
 
 
 def test_help_explains_every_flag(capsys):
