@@ -154,7 +154,7 @@ def out_of_memory(advice: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         signs = "out of memory|can't allocate memory|ALLOC_FAILED"
-        if type(error) is MemoryError or re.search(signs, str(error)):
+        if isinstance(error, MemoryError) or re.search(signs, str(error)):
             raise UserError(f"out of memory: {advice}") from None
         raise
 
