@@ -1452,7 +1452,7 @@ def main(words):
     every = int(words.pop(0)[8:]) if words[:1] and words[0].startswith("--every=") else 1
     sys.path[:0] = [str(ROOT), str(TESTS)]
     table, wrong = collections.defaultdict(collections.Counter), []
-    with world() as harness:
+    with contextlib.suppress(KeyboardInterrupt), world() as harness:     # the table, of what was tried
         for group, make in GROUPS.items():
             started = time.monotonic()
             for case in list(make())[::every]:
@@ -1466,7 +1466,7 @@ def main(words):
                     print(f"{group} | {case.name!r} | {ended}: {problem}", flush=True)
                 elif verbose:
                     print(f"   {case.name!r} | {ended} {(err or out).strip()[:150]!r}")
-            table[group]["seconds"] = round(time.monotonic() - started)
+                table[group]["seconds"] = round(time.monotonic() - started)
     print(f"\n{'':12}" + "".join(f"{column:>10}" for column in ("tried", "refused", "accepted", "else", "seconds")))
     for group, row in [*table.items(), ("all", sum(table.values(), collections.Counter()))]:
         print(f"{group:12}" + "".join(f"{row[c]:10,}" for c in ("tried", "refused", "accepted", "else", "seconds")))

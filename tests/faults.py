@@ -334,6 +334,8 @@ def main():
                 for _ in range(args.kills):
                     note(f"{script} {number.name}", kill(base, number, seconds[final], wanted[final]))
                     shutil.rmtree(os.getcwd())
+    except KeyboardInterrupt:
+        print("interrupted: what was tried so far")
     finally:
         os.chdir("/")
         shutil.rmtree(base)
