@@ -306,7 +306,7 @@ class VisionGPT(nn.Module):
 
 
 def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
-    """Initialise new parameters; LayerNorm weights keep their ones.
+    """Initialise new parameters; LayerNorms and the fusion's linear layers keep PyTorch's own start.
 
     The standard deviation is fan_in**-0.5 and not GPT-2's 0.02, with which models narrower than 768 start
     with signals so small that they train slowly.
@@ -319,15 +319,16 @@ def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
         "wte.weight": config.gpt2.n_embd**-0.5,
         "c_proj.weight": (2 * config.gpt2.n_layer * config.gpt2.n_embd) ** -0.5,    # deeper: smaller
         "out.weight": 0.0,                           # untrained cross-attention changes nothing
+        "out.bias": 0.0,
     }
     for name, p in named.items():
-        if name.endswith("bias"):
+        std = next((std for end, std in table.items() if name.endswith(end)), None)
+        if std is not None:
+            nn.init.normal_(p, std=std)
+        elif name.startswith(FROZEN) and name.endswith("bias"):
             nn.init.zeros_(p)
-        elif name.endswith(tuple(table)):
-            nn.init.normal_(p, std=next(std for end, std in table.items() if name.endswith(end)))
-        elif p.ndim > 1:
-            fan_in = p[0].numel() * (1 if name.startswith(FROZEN) else 3)     # the fusion: PyTorch's variance
-            nn.init.normal_(p, std=fan_in**-0.5)
+        elif name.startswith(FROZEN) and p.ndim > 1:
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
 
 
 def load_or_none(source, errors: str):

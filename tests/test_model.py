@@ -174,8 +174,10 @@ def test_attention_maps_are_the_products_of_the_weights(layer):
 def test_new_weights_start_as_the_table_says():
     model = VisionGPT(tiny_config(2000))
     for name, p in model.named_parameters():
-        if name.endswith("bias") or ".out." in name:
+        if name.startswith(("vit.", "gpt2.")) and name.endswith("bias") or ".out." in name:
             assert not p.any(), name
+        elif name.endswith("bias"):
+            assert p.abs().max() < 0.6, name
         elif p.ndim == 1:
             assert torch.equal(p, torch.ones_like(p)), name
         else:
