@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.cli import UserError
@@ -111,6 +111,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 
 
+@settings(deadline=None)
 @given(JSON, st.sampled_from([*GOOD, None]), st.booleans())
 def test_json_of_any_shape_is_read_or_refused(value, at, foreign):
     for kind in Outer, VisionGPTConfig, dict[str, Inner], list[int | str]:
