@@ -179,7 +179,7 @@ def fusion_training(model: VisionGPT, device: torch.device, kind: str, batch_siz
     """A function that takes n optimizer steps of train.py on cached features, all of them the same."""
     cfg, amp = TrainConfig(batch_size=batch_size, augment=True), None if kind == "fp32" else DTYPES[kind]
     data, vit = RandomCaptions(32 * batch_size, model.eos_id + 1), model.config.vit
-    set_dropout(model, cfg.dropout, everywhere=False)
+    set_dropout(model, cfg.dropout)
     model.backbones = {"vit": None, "gpt2": None}               # as if read from files: kept in amp's dtype
     inputs = place_model(model, data, cfg, device, amp)         # with `augment` it caches no features
     features = torch.randn(1, vit.n_patch, vit.n_embd, device=device, dtype=torch.float16)

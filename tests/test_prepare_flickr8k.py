@@ -257,7 +257,7 @@ PATH = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join)
 
 @given(PATH, st.lists(PATH, unique=True, max_size=6))
 def test_matching_pictures_agree_with_the_image_as_far_as_both_paths_go(image, paths):
-    files = [File(path, lambda path=path: io.BytesIO(path.encode()), ()) for path in paths]
+    files = [File(path, lambda path=path: io.BytesIO(path.encode()), (0,)) for path in paths]
     found = [file.path for file in match_pictures([image], files)[image]]
     assert all(f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}") for path in found)
     fits = [path for path in paths if f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}")]
@@ -445,7 +445,7 @@ JSON = st.recursive(SCALARS, lambda inner: (
 @settings(deadline=None)
 @given(JSON, st.sampled_from(["json", "jsonl"]))
 def test_json_of_any_shape_gives_captions_or_one_line(content, suffix):
-    file = File(f"x.{suffix}", lambda: io.BytesIO(json.dumps(content).encode()), ())
+    file = File(f"x.{suffix}", lambda: io.BytesIO(json.dumps(content).encode()), (0,))
     try:
         captions, *_, broken = read_captions([file])
     except UserError as error:
@@ -460,7 +460,7 @@ def test_json_of_any_shape_gives_captions_or_one_line(content, suffix):
        st.sampled_from(["txt", "json", "jsonl"]), st.sampled_from([b"", b"image,caption\n", b"1.jpg#0\t"]))
 def test_any_bytes_give_captions_or_one_line(content, suffix, beginning):
     try:
-        read_captions([File(f"x.{suffix}", lambda: io.BytesIO(beginning + content), ())])
+        read_captions([File(f"x.{suffix}", lambda: io.BytesIO(beginning + content), (0,))])
     except UserError as error:
         assert str(error).isprintable()
 

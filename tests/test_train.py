@@ -870,12 +870,12 @@ def test_self_critical_gradient_is_that_of_the_expected_reward(base, config, mon
     inputs = ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
     monkeypatch.setattr(trainer, "caption_room", lambda model: 1)
     batch = to_device(collate(data, data.split("train")[:2], inputs), model.device, model.config.vit)
+    torch.manual_seed(0)
     worth = torch.rand(model.eos_id + 1)
     token_of = {model.tokenizer.decode([i]): i for i in range(model.eos_id)} | {"": model.eos_id}
 
     def reward(image, texts, ended):
         return [worth[token_of[text]].item() for text in texts]
-    torch.manual_seed(0)
     total = 0.0
     for _ in range(40):
         loss = trainer.self_critical_loss(model, batch, reward, cfg.self_critical, None)
