@@ -1067,7 +1067,8 @@ def weight_cases():
                 text = json.loads(changed({key: json.loads(held[key])}, path, new))
                 # sample.py takes the config from config.json, and a hash is a label
                 accept = (path[-1], label) in (("dropout", "gone"), ("activation", "x")) or path[-1] == "transform"
-                accept = accept or key == "sha256" or args[0] == "sample.py" or "mean" in path
+                accept = accept or key in ("sha256", "checksum") or args[0] == "sample.py" or (
+                    path[1:2] in (("mean",), ("std",), ("transform",), ("final_norm",)))
                 yield Case(f"{args[0]} {file} metadata: {'.'.join(map(str, path))} {label}", args, parts,
                            with_tensors(file, lambda a: None, lambda m, k=key, t=text: {
                                **{n: v for n, v in m.items() if n != k}, **({k: json.dumps(t[k])} if k in t else {})}),
