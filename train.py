@@ -2,7 +2,7 @@
 
     python train.py --preset shapes     # everything from scratch on drawn scenes: minutes, no download
     python train.py                     # the fusion on Flickr8k, after prepare_flickr8k and convert_weights
-    python train.py --preset mini       # a small captioner behind the eyes of assets/mini
+    python train.py --preset mini       # a small captioner behind the frozen ViT of assets/mini
     python train.py --resume            # continue a run that was stopped anywhere, with the same flags
 """
 
@@ -111,7 +111,7 @@ class TrainConfig:
 
 
 MINI_VOCABULARY = 3072                 # tokens of the BPE that the mini preset trains on its captions
-MINI_EYES = checkpoint.ROOT / "assets/mini"        # its ViT, taught by assets/mini/distill.py
+MINI_VIT = checkpoint.ROOT / "assets/mini"        # the checkpoint whose ViT the mini preset reuses
 FROZEN = {"fusion": ("vit", "gpt2"), "text": ("vit",), "all": ()}                  # by what is trained
 
 PRESETS = {
@@ -133,7 +133,7 @@ RESUMABLE = ("epochs", "max_steps", "eval_interval", "save_interval", "log_inter
 
 
 def scratch_config(preset: str, vocab_size: int, n_positions: int, vit: ViTConfig | None) -> VisionGPTConfig:
-    """The small models that are trained from scratch, by preset; mini's all but its eyes."""
+    """The small models that are trained from scratch, by preset; mini reuses a finished ViT."""
     if preset == "shapes":
         # a patch holds a cell of the drawing; mean and std make the pale ground nearly zero
         vit = ViTConfig(image_size=96, patch_size=32, n_layer=2, n_head=4, n_embd=128, n_mlp=256,
@@ -171,7 +171,7 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
     if cfg.init_from:
         model = VisionGPT.from_pretrained(cfg.init_from, "cpu", torch.float32, cfg.weights)
         if cfg.vit:
-            exchange_eyes(model, Path(cfg.vit))
+            replace_vit(model, Path(cfg.vit))
         data = CaptionSet(cfg.data, model.require_tokenizer())
     elif cfg.preset == "flickr8k":
         files = {"vit": Path(cfg.vit or f"{cfg.weights}/vit.safetensors"),
@@ -186,7 +186,7 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
     else:
         data, vit = CaptionSet(cfg.data), None
         if cfg.preset == "mini":
-            vit = load_eyes(Path(cfg.vit or MINI_EYES))
+            vit = read_vit(Path(cfg.vit or MINI_VIT))
             clean = clean_caption if data.preprocessing["clean_captions"] else str
             texts = [clean(text) for i in data.split("train") for text in data.references(i)]
             data = CaptionSet(cfg.data, Tokenizer.train(texts, MINI_VOCABULARY))
@@ -199,16 +199,16 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
     return model, data
 
 
-def load_eyes(place: Path) -> ViT:
+def read_vit(place: Path) -> ViT:
     """The ViT in a file, or in the whole checkpoint in a folder, in float32."""
     whole = place.is_dir()
     return (VisionGPT.from_pretrained(place, "cpu", torch.float32).vit if whole else
             ViT.from_pretrained(place).float())
 
 
-def exchange_eyes(model: VisionGPT, place: Path) -> None:
+def replace_vit(model: VisionGPT, place: Path) -> None:
     """Give a model the ViT in a file or checkpoint. Raises UserError when it is of another width."""
-    vit = load_eyes(place)
+    vit = read_vit(place)
     if vit.config.n_embd != model.config.vit.n_embd:
         raise UserError(f"{place} is {vit.config.n_embd} wide, the model's own ViT {model.config.vit.n_embd}")
     model.vit, model.config.vit = vit, vit.config

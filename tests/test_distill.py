@@ -29,8 +29,8 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert rates == pytest.approx([0, 0.4992, 0.9938, 0.5, 0], abs=1e-4)
 
 
-def test_student_begins_with_the_bundled_eyes():
-    bundled, vit = VisionGPT.from_pretrained(ROOT / "assets/mini", "cpu").vit, ViT(distill.EYES)
+def test_student_begins_with_the_bundled_vit():
+    bundled, vit = VisionGPT.from_pretrained(ROOT / "assets/mini", "cpu").vit, ViT(distill.STUDENT)
     distill.begin_with(vit, ROOT / "assets/mini/model.safetensors")
     side = bundled.config.image_size // bundled.config.patch_size
     place = 1 + torch.arange(side**2).view(side, side)[:7, :7].flatten()

