@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lib.checkpoint import load_module
 from lib.cli import UserError, check_sizes
+from lib.conv_stem import STRIDE, WIDTH, ConvStem
 
 ACTIVATIONS = {
     "gelu": nn.GELU,
@@ -41,6 +42,7 @@ class ViTConfig:
     transform: dict[str, int | str] = field(
         default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
     dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
+    conv_stem: bool = False            # the bundled model: patches of convolutional features, not of pixels
 
     def __post_init__(self):
         check_sizes(self)
@@ -49,6 +51,8 @@ class ViTConfig:
             raise UserError(f"mean {self.mean} and std {self.std} are none of pixels from 0 to 1")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.conv_stem and self.patch_size % STRIDE:
+            raise UserError(f"patch_size {self.patch_size} is not a multiple of the conv_stem's {STRIDE}")
         if self.n_embd % self.n_head:
             raise UserError(f"ViT width {self.n_embd} cannot be split over {self.n_head} heads")
         if self.activation not in ACTIVATIONS:
@@ -105,7 +109,9 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config = config or ViTConfig()
         C, P = config.n_embd, config.patch_size
-        self.patch_embed = nn.Conv2d(3, C, kernel_size=P, stride=P)
+        self.stem = ConvStem() if config.conv_stem else nn.Identity()
+        channels, P = (WIDTH, P // STRIDE) if config.conv_stem else (3, P)
+        self.patch_embed = nn.Conv2d(channels, C, kernel_size=P, stride=P)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.n_patch, C))
         self.norm_pre = nn.LayerNorm(C, eps=config.eps) if config.pre_norm else nn.Identity()
@@ -117,7 +123,11 @@ class ViT(nn.Module):
         S = self.config.image_size
         if images.shape[1:] != (3, S, S):
             raise UserError(f"images are {tuple(images.shape)}, but this ViT takes (B, 3, {S}, {S})")
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)       # (B, N, C)
+        return self.encode(self.stem(images))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The images, or what the stem makes of them -> tokens (B, 1 + N, C)."""
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)            # (B, N, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         x = self.norm_pre(x)
         for block in self.blocks:

@@ -1,9 +1,13 @@
 """The ViT against Hugging Face's ViT and CLIP on the same weights."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lib.cli import UserError
+from lib.conv_stem import conv
 from vit import ViT, ViTConfig
 
 TINY = dict(image_size=32, patch_size=8, n_layer=2, n_head=4, n_embd=32, n_mlp=48)
@@ -105,3 +109,27 @@ def test_vit_refuses_pictures_of_another_size():
 def test_vit_config_names_what_does_not_fit(wrong, message):
     with pytest.raises(UserError, match=message):
         ViTConfig(**TINY | wrong)
+
+
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2), (5, 1), (5, 2)])
+def test_conv_stem_pads_as_tensorflow_does(kernel, stride):
+    """TensorFlow's "same": ceil(S / stride) outputs, the larger half of an odd number of zeros last."""
+    x, layer = torch.randn(1, 4, 12, 12), conv(4, 6, kernel, stride)
+    weights = next(module for module in layer.modules() if isinstance(module, torch.nn.Conv2d))
+    total = max((math.ceil(12 / stride) - 1) * stride + kernel - 12, 0)
+    pads = (total // 2, total - total // 2) * 2
+    expected = F.conv2d(F.pad(x, pads), weights.weight, weights.bias, stride)
+    assert layer(x).shape == (1, 6, 12 // stride, 12 // stride)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_vit_with_conv_stem_is_a_vit_on_its_features():
+    config = ViTConfig(image_size=64, patch_size=32, n_layer=1, n_head=2, n_embd=16, n_mlp=16,
+                       conv_stem=True)
+    vit, images = ViT(config).eval(), torch.randn(2, 3, 64, 64)
+    assert sum(p.numel() for p in vit.stem.parameters()) == 692_688       # EfficientNet-Lite0's
+    features = vit.stem(images)
+    assert features.shape == (2, 112, 4, 4)
+    assert torch.equal(vit(images), vit.encode(features)) and vit(images).shape == (2, 1 + 4, 16)
+    with pytest.raises(UserError, match="multiple of the conv_stem's 16"):
+        ViTConfig(patch_size=14, conv_stem=True)
