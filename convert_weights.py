@@ -68,9 +68,6 @@ class ConvertConfig:
             raise UserError("--image-size only applies to converting a ViT")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# models: sizes follow from the tensors' shapes, the rest from the source's own config and its format
-
 
 def shape_of(tensors, name, default):
     """The shape of a tensor, or the default if it is missing: `checkpoint.load_strict` lists what differs."""
@@ -95,7 +92,7 @@ def pick_heads(stated, width, table, source):
 
 
 def build_module(module_class, config, tensors, source) -> nn.Module:
-    """A module that holds `tensors`. Raises UserError that lists what differs, or for NaN."""
+    """A module that holds `tensors`. Raises UserError for NaN, or if they do not fit."""
     with torch.device("meta"):
         module = module_class(config)
     checkpoint.load_strict(module, tensors, source)
@@ -113,7 +110,7 @@ def vit_sizes(tensors, source):
     N = shape_of(tensors, "pos_embed", (1, 197, C))[1] - 1
     if N < 1 or math.isqrt(N) ** 2 != N:
         raise UserError(f"{source} has {N + 1} positions, which is not a class token and a square of patches")
-    return dict(image_size=math.isqrt(N) * P, patch_size=P, n_embd=C, 
+    return dict(image_size=math.isqrt(N) * P, patch_size=P, n_embd=C,
                 n_layer=count_layers(tensors, "blocks", source),
                 n_mlp=shape_of(tensors, "blocks.0.mlp.fc1.weight", (3072, C))[0],
                 n_class=shape_of(tensors, "head.weight", (0, C))[0])
@@ -121,20 +118,18 @@ def vit_sizes(tensors, source):
 
 def load_vit(path: str | Path, heads: int | None = None, image_size: int | None = None) -> tuple[ViT, str]:
     """A ViT in any known format -> (ViT in float32, format's name). `image_size` interpolates positions."""
-    state_dict, source_config = weight_formats.read_weights(path)
-    if any(re.search(r"dist(illation)?_token", name) for name in state_dict):
+    tensors, fmt, source, config = weight_formats.read_model(path, "ViT")
+    if any(re.search(r"dist(illation)?_token", name) for name in source):
         raise UserError(f"{path} is a distilled DeiT, whose distillation token has no place here: "
                         "use the plain DeiT of that size")
-    fmt = weight_formats.detect_format(state_dict, "ViT", path)
-    tensors = weight_formats.map_names(state_dict, fmt, path)
-    if any("pre_logits" in name for name in state_dict):             # ImageNet-21k: a tanh layer first
+    if any("pre_logits" in name for name in source):                 # ImageNet-21k: a tanh layer first
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     sizes = vit_sizes(tensors, path)
     if fmt.config is weight_formats.CLIP:                            # its patch embedding has no bias
         tensors["patch_embed.bias"] = torch.zeros(sizes["n_embd"])
-    fields = weight_formats.vit_settings(fmt, state_dict, source_config, sizes["image_size"], path) | sizes
-    fields |= dict(image_size=image_size or sizes["image_size"],
-                   n_head=pick_heads(heads or fields.get("n_head"), sizes["n_embd"], VIT_HEADS, path))
+    fields = weight_formats.vit_settings(fmt, source, config, sizes["image_size"], path) | sizes
+    fields["image_size"] = image_size or sizes["image_size"]
+    fields["n_head"] = pick_heads(heads or fields.get("n_head"), sizes["n_embd"], VIT_HEADS, path)
     config = ViTConfig(**fields)
     config.transform = resize_transform(config.transform, config.image_size)
     if config.image_size != sizes["image_size"] and "pos_embed" in tensors:
@@ -173,10 +168,8 @@ def gpt2_sizes(tensors, source):
 
 def load_gpt2(path: str | Path, heads: int | None = None) -> tuple[GPT2, str]:
     """A GPT-2 in any known format -> (GPT2 in float32, format's name)."""
-    state_dict, source_config = weight_formats.read_weights(path)
-    fmt = weight_formats.detect_format(state_dict, "GPT-2", path)
-    tensors = weight_formats.map_names(state_dict, fmt, path)
-    head = next((tensor for name, tensor in state_dict.items() if name.endswith("lm_head.weight")), None)
+    tensors, fmt, source, config = weight_formats.read_model(path, "GPT-2")
+    head = next((tensor for name, tensor in source.items() if name.endswith("lm_head.weight")), None)
     if head is not None and "wte.weight" in tensors and not torch.equal(head.float(), tensors["wte.weight"]):
         raise UserError(f"{path} has a head of its own (lm_head.weight), but GPT-2's is its token embedding")
     surplus = gpt2_sizes(tensors, path)["vocab_size"] - GPT2_VOCAB_SIZE
@@ -186,16 +179,14 @@ def load_gpt2(path: str | Path, heads: int | None = None) -> tuple[GPT2, str]:
     if fmt is weight_formats.NANOGPT and not any(name.endswith(".bias") for name in tensors):     # bias=False
         tensors |= {name.replace("weight", "bias"): torch.zeros(len(tensor))
                     for name, tensor in tensors.items() if name.startswith(("h.", "ln_f"))}
-    fields = weight_formats.gpt2_settings(fmt, source_config, path) | gpt2_sizes(tensors, path)
+    fields = weight_formats.gpt2_settings(fmt, config, path) | gpt2_sizes(tensors, path)
     fields["n_head"] = pick_heads(heads or fields["n_head"], fields["n_embd"], GPT2_HEADS, path)
     return build_module(GPT2, GPT2Config(**fields), tensors, f"{path} ({fmt.name})"), fmt.name
 
 
 def load_published(path: str | Path, heads: int | None = None) -> tuple[VisionGPT, str]:
     """The published Vision-GPT -> (VisionGPT in float32 without a tokenizer, format's name)."""
-    state_dict, source_config = weight_formats.read_weights(path)
-    fmt = weight_formats.detect_format(state_dict, "Vision-GPT", path)
-    tensors = weight_formats.map_names(weight_formats.split_blocks(state_dict, path), fmt, path)
+    tensors, fmt, _, source = weight_formats.read_model(path, "Vision-GPT")
     parts = {part: {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
              for part in ("vit.", "gpt2.", "resampler.")}
     vit, gpt2 = vit_sizes(parts["vit."], path), gpt2_sizes(parts["gpt2."], path)
@@ -203,7 +194,7 @@ def load_published(path: str | Path, heads: int | None = None) -> tuple[VisionGP
         tensors["gpt2.wte.weight"] = tensors["gpt2.wte.weight"][:-1]         # <|pad|>, which is never read
         gpt2["vocab_size"] -= 1
     vit["n_head"] = pick_heads(heads, vit["n_embd"], VIT_HEADS, path)
-    gpt2["n_head"] = pick_heads(heads or source_config.n_heads, gpt2["n_embd"], GPT2_HEADS, path)
+    gpt2["n_head"] = pick_heads(heads or source.n_heads, gpt2["n_embd"], GPT2_HEADS, path)
     resampler = ResamplerConfig(
         n_latent=len(tensors["resampler.latents"]), n_layer=count_layers(parts["resampler."], "layers", path),
         n_head=shape_of(tensors, "resampler.layers.0.q.weight", (512, 768))[0] // 64,
@@ -212,9 +203,6 @@ def load_published(path: str | Path, heads: int | None = None) -> tuple[VisionGP
     config = VisionGPTConfig(ViTConfig(**vit), GPT2Config(**gpt2), resampler, cross_attention)
     return build_module(VisionGPT, config, tensors, f"{path} ({fmt.name})"), fmt.name
 
-
-# ------------------------------------------------------------------------------------------------------------
-# --check: what the converted models make of an image
 
 
 def eval_transform(image, config: ViTConfig) -> Tensor:
@@ -252,9 +240,6 @@ def print_top5(logits, label):
         print(f"{label(index)} {probability:8.2%}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the three tasks: backbones, the published model, a stand-alone model
-
 
 def convert(settings: ConvertConfig):
     if settings.check:
@@ -282,7 +267,7 @@ def convert_backbones(settings, dtype):
         gpt2_path = local_or_hub(gpt2_path)
         gpt2, fmt = load_gpt2(gpt2_path, settings.heads)
         size = gpt2.config.vocab_size
-        tokenizer = find_tokenizer(size, folder_of(gpt2_path))
+        tokenizer = find_tokenizer(size, gpt2_path)
         held = Tokenizer.load(out) if (out / "tokenizer.json").exists() else None
         if held and (held.vocab_size != size or tokenizer and held.ranks != tokenizer.ranks):
             refuse_existing(out, "tokenizer.json")                   # another model's
@@ -300,11 +285,11 @@ def convert_published(settings, dtype):
     path = local_or_hub(settings.vision_gpt)
     path = path / "model_fp32" if (path / "model_fp32").is_dir() else path
     model, fmt = load_published(path, settings.heads)
-    folder = folder_of(path)
-    model.tokenizer = find_tokenizer(model.config.gpt2.vocab_size, folder, folder / "tokenizer")
-    write_checkpoint(model, fmt, out, dtype, dict(
+    model.tokenizer = find_tokenizer(model.config.gpt2.vocab_size, path)
+    model.save_pretrained(out, dtype, training=dict(
         photographs=True, source=settings.vision_gpt,
         note="trained on Flickr8k's train, val and test images together"))
+    print_summary(model, fmt, out / "model.safetensors")
     if settings.check and model.tokenizer:
         print(model.caption(settings.check))
 
@@ -315,26 +300,23 @@ def convert_checkpoint(settings, dtype):
     refuse_existing(out, *CHECKPOINT_FILES)
     model = VisionGPT.from_pretrained(folder, device="cpu", weights=settings.weights)
     training = checkpoint.read_config(folder).get("training") or {}
-    write_checkpoint(model, "trained Vision-GPT", out, dtype, training)
-    scores = folder / "scores.json"
-    scores = records.read_json(dict, scores) if scores.exists() else {}
+    model.save_pretrained(out, dtype, training=training)
+    print_summary(model, "trained Vision-GPT", out / "model.safetensors")
+    scores = records.read_json(dict, file) if (file := folder / "scores.json").exists() else {}
     (out / "README.md").write_text(model_card(asdict(model.config), training, scores))
     if settings.check:
         print(model.caption(settings.check))
 
 
-def folder_of(path):
-    return Path(path) if Path(path).is_dir() else Path(path).parent
-
-
-def find_tokenizer(vocab_size, *folders):
-    """GPT-2's tokenizer from tables in `folders`, else as tiktoken finds it, else None and a warning."""
-    if vocab_size != GPT2_VOCAB_SIZE:
-        print(f"warning: no tokenizer.json is written: {vocab_size} tokens are not GPT-2's", file=sys.stderr)
-        return None
-    tables = [file for folder in folders for pattern in ("merges.txt", "vocab.bpe", "*.tiktoken")
-              for file in sorted(folder.glob(pattern))]
+def find_tokenizer(vocab_size: int, path: Path) -> Tokenizer | None:
+    """GPT-2's tokenizer from tables beside the weights, else as tiktoken finds it; None with a warning."""
+    folder = path if path.is_dir() else path.parent
+    tables = [file for place in (folder, folder / "tokenizer")
+              for name in ("merges.txt", "vocab.bpe", "*.tiktoken") for file in sorted(place.glob(name))]
     try:
+        if vocab_size != GPT2_VOCAB_SIZE:
+            tables = []
+            raise UserError(f"{vocab_size} tokens are not GPT-2's")
         return Tokenizer.gpt2(*tables[:1])
     except UserError as error:
         if tables:
@@ -360,17 +342,11 @@ def write_backbone(name, module, fmt, out, dtype):
         refuse_existing(out, file.name)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save_module(module.to(dtype), file, sha256=digest)
-    print_summary(module.float(), fmt, digest, file)
+    print_summary(module.float(), fmt, file, digest)
 
 
-def write_checkpoint(model, fmt, out, dtype, training):
-    """Write a complete checkpoint folder."""
-    model.save_pretrained(out, dtype, training=training)
-    print_summary(model, fmt, checkpoint.sha256(model.state_dict()), out / "model.safetensors")
-
-
-def print_summary(module, fmt, digest, file):
-    sizes = [p.numel() for p in module.parameters()]
+def print_summary(module, fmt, file, digest=None):
+    sizes, digest = [p.numel() for p in module.parameters()], digest or checkpoint.sha256(module.state_dict())
     print(f"{file}: {fmt}, {len(sizes)} tensors, {sum(sizes):,} parameters, sha256 {digest}")
 
 

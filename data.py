@@ -4,8 +4,6 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -14,7 +12,7 @@ from PIL import Image
 
 import fast
 from lib import checkpoint, cli, records
-from lib.cli import UserError
+from lib.cli import UserError, load_ahead  # noqa: F401
 from lib.images import normalize, resize
 from lib.prepared_set import clean_caption, damaged, encode_captions, read_array, read_index, read_meta
 from tokenizer import Tokenizer, pack_captions
@@ -34,7 +32,7 @@ class CaptionSet:
         self.splits = {name: np.array(images, dtype=np.int64) for name, images in asdict(meta.splits).items()}
         self.preprocessing, size = asdict(meta.preprocessing), meta.preprocessing.image_size
         self.captions = self._need(records.read_json, list[str], os.path.join(folder, "captions.json"))
-        own, N = Tokenizer.load(folder), len(self.names)
+        own, N = Tokenizer.load(folder), len(meta.images)
         pixels = read_array(folder, "images.bin", np.uint8, N * size * size * 3)
         self.images = pixels.reshape(N, size, size, 3)
         self.offset, self.image_of = read_index(folder, len(self.captions))
@@ -53,8 +51,8 @@ class CaptionSet:
             texts = [clean_caption(text) if clean else text for text in self.captions]
             self.tokens, self.offset = encode_captions(self.tokenizer, texts)
         order = np.argsort(self.image_of, kind="stable")
-        bounds = np.searchsorted(self.image_of[order], np.arange(len(self.names) + 1))
-        self.captions_of = [order[a:b] for a, b in zip(bounds, bounds[1:])]   # caption indices of each image
+        bounds = np.searchsorted(self.image_of[order], np.arange(1, N))
+        self.captions_of = np.split(order, bounds)                     # caption indices of each image
 
     def _need(self, read, *args):
         """What a reader of a JSON file returns; where the file is missing, UserError with what to do."""
@@ -112,24 +110,20 @@ def epoch_batches(data: CaptionSet, images: np.ndarray, batch_size: int, seed: i
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def image_hash(data):
-    """SHA-256 of images.bin."""
-    return hashlib.sha256(data.images).hexdigest()
-
-
 def cached_features(vit, data, vit_hash, device, dtype, batch_size=32):
     """Patch tokens of a frozen ViT for all images, (N, patches, C) float16, from features-<hash>.bin.
 
-    Computed once. The hash covers the ViT's weights and config, `dtype` and the content of images.bin; what
-    an interrupted run has done lies in *.partial and is continued. At the end lie sums of each image's bytes,
-    of which some are compared, so that damage is noticed. Raises UserError while another run writes it.
+    Computed once. The hash covers the ViT's weights and config, `dtype` and the content of images.bin. An
+    interrupted run is continued from *.partial. The file ends with a sum of each image's bytes; some of them
+    are compared, so that damage is noticed. Raises UserError while another run writes it.
     """
     config, N = vit.config, len(data.images)
-    key = json.dumps([vit_hash, asdict(config), str(dtype), image_hash(data)])   # heads, eps are no weights
+    pictures = hashlib.sha256(data.images).hexdigest()
+    key = json.dumps([vit_hash, asdict(config), str(dtype), pictures])           # heads, eps are no weights
     file = os.path.join(data.folder, f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin")
     partial, row = file + ".partial", 2 * config.n_patch * config.n_embd         # bytes of an image
     if not is_whole(file, N, row):
-        with open(partial, "ab") as out:
+        with cli.naming(partial), open(partial, "ab") as out:
             cli.lock(out, f"another run is writing {partial}; wait for it")
             done = max(0, out.tell() // (row * batch_size) - 1)    # whole batches: they round as if unbroken
             out.truncate(done * row * batch_size)
@@ -165,10 +159,6 @@ def is_whole(file, N, row):
 def image_sums(features):
     """Each image's bytes (N, row), added up in words of two."""
     return features.view(np.uint16).sum(1, dtype=np.uint64)
-
-
-# --------------------------------------------------------------------------------------------------
-# batches
 
 
 def augment(pixels, size, rng):
@@ -243,15 +233,3 @@ def to_device(batch: dict, device: torch.device, config) -> dict:
     if "pixels" in batch:
         batch["images"] = normalize(batch.pop("pixels"), config)
     return batch
-
-
-def load_ahead(make: Callable, numbers: Iterable) -> Iterator:
-    """Yield make(n) for each n, the next one being made in a thread meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for n in numbers:
-            ready, waiting = waiting, pool.submit(make, n)
-            if ready:
-                yield ready.result()
-        if waiting:
-            yield waiting.result()

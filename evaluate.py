@@ -73,10 +73,6 @@ class Prediction:
     image_id: int | str | None = None  # one of the set's ids, or a name
 
 
-# --------------------------------------------------------------------------------------------------
-# captions: a model's, or those in a file
-
-
 @torch.inference_mode()
 def caption_images(model: VisionGPT, data: CaptionSet, images: np.ndarray, seen: np.ndarray,
                    config: EvaluateConfig, blind: bool = False) -> tuple[list[str], dict[str, float]]:
@@ -164,10 +160,6 @@ def read_predictions(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, di
         raise UserError(f"{file} has no caption for {len(missing)} of {len(images)} {config.split} images, "
                         f"such as {missing[0]}; --limit N scores only the first N of the split")
     return data, images, {"real": ([texts[i] for i in images], {})}
-
-
-# --------------------------------------------------------------------------------------------------
-# scores
 
 
 def measure(texts: list[str], data: CaptionSet, images: np.ndarray) -> tuple[dict, dict[str, list]]:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from gpt2 import TokenEmbedding
 from lib.cli import UserError
 
-# oneDNN's linear layer as an eager operator; private to PyTorch, so it may be absent
+# oneDNN's linear layer as an eager operator; private to PyTorch, and without it nothing is packed
 POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def available(dtype: torch.dtype = torch.float32) -> bool:
     """Whether oneDNN multiplies matrices of `dtype` here: bfloat16 needs a CPU that has it."""
-    return torch.backends.mkldnn.is_available() and (
+    return POINTWISE is not None and torch.backends.mkldnn.is_available() and (
         dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -105,7 +105,7 @@ class PackedWeight:
 
     def make(self, plain: Tensor):
         if not self.int8:
-            return plain.to_mkldnn() if POINTWISE is None else torch.ops.mkldnn._reorder_linear_weight(plain)
+            return torch.ops.mkldnn._reorder_linear_weight(plain)
         scale = plain.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         return (plain.float() / scale).round().to(torch.int8), scale.flatten().to(plain.dtype)
 
@@ -151,10 +151,6 @@ class Linear(torch.autograd.Function):
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: str | None = None) -> Tensor:
     """x @ weight.T + bias, the weight plain or packed; then F.gelu(approximate=gelu), if named."""
-    if POINTWISE is None:
-        weight = weight if weight.is_mkldnn else weight.to_mkldnn()
-        out = F.linear(x.contiguous().to_mkldnn(), weight, bias).to_dense()
-        return out if gelu is None else F.gelu(out, approximate=gelu)
     rest = ("none", [], "") if gelu is None else ("gelu", [], gelu)
     if x.numel() == x.shape[-1]:                    # oneDNN reads weights faster for four rows than for one
         return POINTWISE(x.reshape(1, -1).expand(4, -1), weight, bias, *rest)[0].view(*x.shape[:-1], -1)

@@ -80,9 +80,6 @@ class VisionGPT(nn.Module):
     def device(self) -> torch.device:
         return self.resampler.latents.device
 
-    # ----------------------------------------------------------------------------------------------
-    # images and text to logits and loss
-
     def encode(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """Images (B, 3, S, S), or cached ViT patch tokens (B, N, C_vit), -> visual tokens (B, L, C)."""
         return self.resampler(self.features(images) if features is None else self.cast(features))
@@ -147,7 +144,7 @@ class VisionGPT(nn.Module):
 
     @torch.inference_mode()
     def score(self, images: Tensor, captions: list[str]) -> Tensor:
-        """Mean log-probability per token, end token counted, of a caption for each image -> (B,) float32."""
+        """Mean log-probability per token, end token counted, of a caption per image -> (B,) float32."""
         if len(images) != len(captions):
             raise UserError(f"{len(captions)} captions for {len(images)} images: give one for each")
         rows = [[self.require_tokenizer().encode(text)] for text in captions]
@@ -174,9 +171,6 @@ class VisionGPT(nn.Module):
         side = self.config.vit.image_size // self.config.vit.patch_size
         return maps.unflatten(-1, (side, side)).cpu()
 
-    # ----------------------------------------------------------------------------------------------
-    # captions
-
     def preprocess(self, images: list) -> Tensor:
         """Paths or PIL images -> (B, 3, S, S) float32 on the CPU."""
         return preprocess(images, self.config.vit)
@@ -191,12 +185,16 @@ class VisionGPT(nn.Module):
             return texts[0] if len(texts) == 1 else texts
         texts = []
         for start in range(0, len(images), batch_size):
-            batch = [load_or_none(image, errors) for image in images[start : start + batch_size]]
-            held = [image for image in batch if image is not None]
-            found = self.generate(self.preprocess(held), **decoding) if held else []
-            n = len(found) // len(held) if held else 1
-            found = iter(found)
-            texts += [None if image is None else next(found) for image in batch for _ in range(n)]
+            batch, read = images[start : start + batch_size], {}
+            for i, image in enumerate(batch):
+                try:
+                    read[i] = load_image(image, self.config.vit.image_size)
+                except UserError:
+                    if errors != "skip":
+                        raise
+            found = self.generate(self.preprocess([*read.values()]), **decoding) if read else []
+            n, found = len(found) // max(1, len(read)) or 1, iter(found)
+            texts += [next(found) if i in read else None for i in range(len(batch)) for _ in range(n)]
         return texts
 
     @torch.inference_mode()
@@ -208,10 +206,8 @@ class VisionGPT(nn.Module):
         GPT-2. `generator` seeds sampling. With `return_scores` also log-probability / length**length_penalty
         of each text. Raises UserError when prompt and max_length do not fit GPT-2's positions.
         """
-        for name in decoding:
-            if name not in DecodingConfig.__dataclass_fields__:
-                hint = nearest(name, DecodingConfig.__dataclass_fields__)
-                raise UserError(f"unknown decoding setting {name}{hint}")
+        for name in decoding.keys() - (known := DecodingConfig.__dataclass_fields__):
+            raise UserError(f"unknown decoding setting {name}{nearest(name, known)}")
         config = DecodingConfig(**decoding)
         prompt = self.require_tokenizer().encode(config.prompt)
         tokens, scores = self.generate_tokens(config, prompt, images, visual, generator)
@@ -246,9 +242,6 @@ class VisionGPT(nn.Module):
             raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
                             f"{self.eos_id + 1}: they do not match")
         return self.tokenizer
-
-    # ----------------------------------------------------------------------------------------------
-    # save and load
 
     @classmethod
     def from_backbones(cls, files: dict, tokenizer: Tokenizer, dropout: float = 0.1) -> "VisionGPT":
@@ -329,16 +322,6 @@ def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
             nn.init.zeros_(p)
         elif name.startswith(FROZEN) and p.ndim > 1:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
-
-
-def load_or_none(source, errors: str):
-    """A path, open file or PIL image -> a PIL image, or None where errors is "skip" and it cannot be read."""
-    try:
-        return load_image(source)
-    except UserError:
-        if errors == "skip":
-            return None
-        raise
 
 
 def head_loss(x: Tensor, head, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

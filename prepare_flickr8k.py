@@ -12,7 +12,6 @@ lists, else the word train, val or test in the caption file's name, else 80/10/1
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import hashlib
 import io
@@ -31,7 +30,7 @@ import numpy as np
 from lib import caption_formats, cli, prepared_set
 from lib.caption_formats import Caption, basename
 from lib.cli import UserError, printable
-from lib.images import load_image, resize
+from lib.images import load_image
 from tokenizer import Tokenizer
 
 MIRROR = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
@@ -140,22 +139,17 @@ def first_few(names: list[str]) -> str:
 def decode(files: list[caption_formats.File], size: int) -> Iterator[np.ndarray | None]:
     """Yield each file's picture, uint8 (S, S, 3), or None if it is unreadable, in order; on all cores.
 
-    Threads suffice, as Pillow releases Python's lock; a few pictures are decoded ahead.
+    Threads suffice, as Pillow releases Python's lock.
     """
-    cores, ahead, reading = os.cpu_count() or 1, collections.deque(), threading.Lock()
+    cores, reading = os.cpu_count() or 1, threading.Lock()
 
     def work(file):
         with contextlib.suppress(UserError):
             with reading:                                            # a zip archive has only one file handle
                 content = caption_formats.read(file)
-            return np.asarray(resize(load_image(io.BytesIO(content)), size))
+            return np.asarray(load_image(io.BytesIO(content), size))
 
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        for file in files:
-            ahead.append(pool.submit(work, file))
-            if len(ahead) > 4 * cores:
-                yield ahead.popleft().result()
-        yield from (picture.result() for picture in ahead)
+    return cli.load_ahead(work, files, cores, 4 * cores)
 
 
 def collect(config: PrepareConfig) -> tuple[list[Entry], str, dict[str, list[str]]]:
@@ -231,7 +225,7 @@ def write_entries(config: PrepareConfig, images: list[Entry], skipped: dict[str,
                 kept.append(image)
                 yield picture
 
-    prepared_set.write_images(config.out, readable(), config.image_size)
+    prepared_set.write_images(config.out, readable())
     skipped["unreadable pictures"] = sorted({image.name for image in images} - {image.name for image in kept})
     captions = [(index, text) for index, image in enumerate(kept) for text in image.texts]
     splits = {split: [i for i, image in enumerate(kept) if image.split == split] for split in SPLIT_NAMES}

@@ -129,7 +129,7 @@ def prepare(config: ShapesConfig) -> dict[str, int]:
     counts["test_unseen"] = sum(not HELD_OUT.isdisjoint(kinds_of(scenes[i])) for i in indices["test"])
     names = [f"{i:05}.png" for i in range(len(scenes))]
     with prepared_set.set_folder(config.out):
-        prepared_set.write_images(config.out, pictures, config.image_size)
+        prepared_set.write_images(config.out, pictures)
         with cli.atomic(os.path.join(config.out, "scenes.jsonl")) as path, open(path, "w") as file:
             file.writelines(json.dumps(scene) + "\n" for scene in scenes)
         prepared_set.write_set(config.out, names, texts, indices, tokenizer,

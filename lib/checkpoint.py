@@ -154,9 +154,6 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], source):
     module.load_state_dict(tensors, assign=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# checkpoint folders: config.json, fusion.safetensors or model.safetensors, tokenizer.json
-
 FORMAT_VERSION = 1
 ROOT = Path(__file__).parents[1]
 

@@ -1,6 +1,8 @@
 """What the scripts share: flags from a dataclass, user errors, progress, output files, device and dtype."""
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -20,51 +22,45 @@ class UserError(ValueError):
     """Something the caller can fix: one readable sentence that says what is wrong and what to do."""
 
 
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO     # errors of a disk, which name no file
+
+
 def printable(text: str) -> str:
     """Text from outside on one line: line breaks, control characters and bytes that are not UTF-8 escaped."""
     return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
                   lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 
-# --------------------------------------------------------------------------------------------------
-# flags
+def flag(default, help: str, **settings):
+    """A dataclass field that is also a command-line flag; a callable default is called for each instance.
 
-
-def flag(default, help: str, choices: list[str] | None = None, metavar: str | None = None,
-         positional: bool = False, const=None, min: float | None = None, max: float | None = None):
-    """A dataclass field that is also a command-line flag.
-
-    A callable default (list, dict) is called for each instance. With `const` the flag may come without a
-    value, and then means `const`. `check_ranges` holds the value between `min` and `max`.
+    settings: `choices`, `metavar`, `positional`, `const` (what the flag means without a value), and `min` and
+    `max`, which `check_ranges` looks at.
     """
-    metadata = dict(help=help, choices=choices, metavar=metavar, positional=positional, const=const,
-                    min=min, max=max)
-    kind = {"default_factory": default} if callable(default) else {"default": default}
-    return dataclasses.field(**kind, metadata=metadata)
+    kind = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{kind: default}, metadata={"help": help, **settings})
 
 
-def check_ranges(config) -> None:
-    """Raise UserError for a field of a dataclass that is outside the min and max of its metadata."""
+def check_ranges(config, limits: Callable = lambda f: (f.metadata.get("min"), f.metadata.get("max"))) -> None:
+    """Raise UserError for a field of a dataclass that is outside its limits, by default of its metadata."""
     for field in dataclasses.fields(config):
-        value, low, high = getattr(config, field.name), field.metadata.get("min"), field.metadata.get("max")
-        if value is None or (low is None and high is None):
+        value, (low, high) = getattr(config, field.name), limits(field)
+        if value is None or low is None and high is None:
             continue
-        low, high = -math.inf if low is None else low, math.inf if high is None else high
-        if not low <= value <= high:                                 # NaN is refused too
-            limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise UserError(f"{field.name} is {value}, but must be {limits}")
+        least, most = -math.inf if low is None else low, math.inf if high is None else high
+        if not least <= value <= most:                               # NaN is refused too
+            must = f"at least {low:,.12g}" if high is None else f"from {low:,.12g} to {high:,.12g}"
+            raise UserError(f"{field.name} is {value}, but must be {must}")
 
 
 def check_sizes(config) -> None:
-    """Raise UserError for a model config that cannot be: sizes to a million, layers to 1,000, shares to 1."""
-    for field in dataclasses.fields(config):
-        value, low, high = getattr(config, field.name), 0, 1
-        if isinstance(value, int) and not isinstance(value, bool):
-            low, high = min(1, field.default), 1000 if field.name == "n_layer" else 10**6
-        elif not isinstance(value, float):
-            continue
-        if not low <= value <= high:
-            raise UserError(f"{field.name} is {value}, but must be from {low:,} to {high:,}")
+    """`check_ranges` for a model config: sizes to a million, layers to 1,000, shares to 1."""
+    def limits(field):
+        if type(field.default) is int:
+            return min(1, field.default), 1000 if field.name == "n_layer" else 10**6
+        return (0, 1) if type(field.default) is float else (None, None)
+
+    check_ranges(config, limits)
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,16 +102,16 @@ def parse(config_class, description: str, args: list[str] | None = None) -> dict
         kind, is_list = (typing.get_args(kind) or [kind])[0], typing.get_origin(kind) is list
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         text = meta["help"] if default in (None, "", []) else f"{meta['help']} [{default}]"
-        settings = dict(help=text.replace("%", "%%"), metavar=meta["metavar"])
-        if meta["positional"]:
+        settings = dict(help=text.replace("%", "%%"), metavar=meta.get("metavar"))
+        if meta.get("positional"):
             parser.add_argument(field.name, nargs="*", **settings)
         elif kind is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=settings["help"])
-        elif meta["const"] is not None:
+        elif "const" in meta:
             parser.add_argument(option, type=kind, nargs="?", const=meta["const"], **settings)
         else:
-            parser.add_argument(option, type=kind, choices=meta["choices"], nargs="+" if is_list else None,
-                                action="extend" if is_list else "store", **settings)
+            more = dict(nargs="+", action="extend") if is_list else dict(choices=meta.get("choices"))
+            parser.add_argument(option, type=kind, **more, **settings)
     return vars(parser.parse_args(args))
 
 
@@ -140,7 +136,7 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         message = str(error)
     except OSError as error:                     # no such file, no permission, disk full; else a bug
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.filename is None and error.errno not in FULL:
             raise
         message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
     print(f"error: {printable(message)}", file=sys.stderr)
@@ -157,10 +153,6 @@ def out_of_memory(advice: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or re.search(signs, str(error)):
             raise UserError(f"out of memory: {advice}") from None
         raise
-
-
-# --------------------------------------------------------------------------------------------------
-# progress and files
 
 
 def progress(items: Iterable, label: str, total: int | None = None, unit: str = "") -> Iterator:
@@ -181,6 +173,20 @@ def progress(items: Iterable, label: str, total: int | None = None, unit: str = 
         print(f"\r{label} {total}/{total}{unit}, took {clock(time.monotonic() - start)}   ", file=sys.stderr)
 
 
+def load_ahead(make: Callable, items: Iterable, threads: int = 1, ahead: int = 1) -> Iterator:
+    """Yield make(item) for each item in turn, made by threads at most `ahead` of the caller."""
+    pool, waiting = concurrent.futures.ThreadPoolExecutor(threads), collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def clock(seconds: float) -> str:
     """Seconds as a person reads them: 42 s, 3:07 min, 1:02 h."""
     seconds = round(seconds)
@@ -191,13 +197,26 @@ def clock(seconds: float) -> str:
 
 
 @contextlib.contextmanager
+def naming(path) -> Iterator[None]:
+    """Name the file that is written within it in the error of a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:     # torch.save raises a RuntimeError after the disk's own error
+        for cause in (error, error.__context__):
+            if isinstance(cause, OSError) and cause.errno in FULL:
+                cause.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic(path) -> Iterator[str]:
     """Yield a temporary path beside `path`; rename it there if the block ends well, else remove it."""
     path = os.path.realpath(path)                # a link stays one
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -215,20 +234,19 @@ def write_text(path: str, text: str) -> None:
 def check_outputs(config, *texts: str, pictures: Iterable[str] = (), inputs: Iterable = ()) -> None:
     """Check the files that these fields of `config` name for texts and for pictures, before any work.
 
-    Raises UserError if one cannot be written, if two are the same, if one is an input, however it is spelled,
-    or if a text would replace something that is not text.
+    Raises UserError if one cannot be written, if two are the same, if one is an input, or if a text would
+    replace something that is not text.
     """
     inputs, taken = list(inputs), {}
     for name in [*texts, *pictures]:
         file, option = getattr(config, name), "--" + name.replace("_", "-")
         if file in (None, "-"):
             continue
-        folder, place = os.path.dirname(file) or ".", os.path.realpath(file)
         is_file = os.path.isfile(file) if os.path.exists(file) else os.path.basename(file) != ""
-        if not is_file or not os.access(folder, os.W_OK):
+        if not is_file or not os.access(os.path.dirname(file) or ".", os.W_OK):
             raise UserError(f"{option} {file} cannot be written: name a file in an existing folder")
-        if taken.setdefault(place, option) != option:
-            raise UserError(f"{taken[place]} and {option} both write {file}: name two files")
+        if (other := taken.setdefault(os.path.realpath(file), option)) != option:
+            raise UserError(f"{other} and {option} both write {file}: name two files")
         if not os.path.exists(file):
             continue
         if clash := next((i for i in inputs if os.path.exists(i) and os.path.samefile(i, file)), None):
@@ -250,9 +268,6 @@ def lock(file: IO, refusal: str) -> None:
     except OSError:
         raise UserError(refusal) from None
 
-
-# --------------------------------------------------------------------------------------------------
-# device and dtype
 
 DTYPES = ["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
 DEVICES = ["auto", "cpu", "cuda", "mps"]

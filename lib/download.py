@@ -88,7 +88,7 @@ def receive(url, file, label) -> str | None:
         if hopeless or failures == ATTEMPTS:
             return problem
         if failures == 1:
-            print(f"{label}: {problem}, trying again", file=sys.stderr)
+            print(cli.printable(f"{label}: {problem}, trying again"), file=sys.stderr)
         time.sleep(PAUSE * 2**failures)
 
 

@@ -61,10 +61,6 @@ def wrap(text: str, face, width: float) -> list[str]:
     return lines
 
 
-# --------------------------------------------------------------------------------------------------
-# captions
-
-
 def contact_sheet(images: list[Image.Image], texts: list[str], columns: int = 4, tile: int = 224,
                   size: int = 15) -> Image.Image:
     """PIL images, scaled to fit `tile` pixels, with the text of each wrapped below it."""
@@ -95,60 +91,43 @@ def fit(image: Image.Image, tile: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-# --------------------------------------------------------------------------------------------------
-# loss curves
-
-
-def loss_curve(curves: dict[str, list[tuple]], title: str = "", width: int = 960,
-               height: int = 540) -> Image.Image:
+def loss_curve(curves: dict[str, list[tuple]]) -> Image.Image:
     """A line plot of {name: [(step, value), ...]}; values that are not finite leave a gap."""
-    curves = {name: [(float(x), float(y)) for x, y in points] for name, points in curves.items()}
     finite = [point for points in curves.values() for point in points if math.isfinite(point[1])]
     xs, ys = zip(*finite or [(0, 0), (0, 1)])
     x_ticks = round_ticks(min(0, *xs), max(8, *xs), 8)          # 8: steps are whole numbers
     y_ticks = round_ticks(min(ys), max(ys), 8)
     (x0, *_, x1), (y0, *_, y1) = x_ticks, y_ticks
-    left, top, right, bottom = 70, 60, width - 30, height - 60
+    left, top, right, bottom = 280, 240, 3720, 1920             # drawn four times as large, then averaged
 
     def place(x, y):
         return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
 
-    sheet = Image.new("RGB", (width, height), PAPER)
+    sheet, face = Image.new("RGB", (3840, 2160), PAPER), font(56)
     canvas = ImageDraw.Draw(sheet)
-    small = font(14)
     for y in y_ticks:
         at = place(x0, y)[1]
-        canvas.line([left, at, right, at], PALE)
-        canvas.text((left - 10, at), number(y, y_ticks), INK, small, anchor="rm")
+        canvas.line([left, at, right, at], PALE, 4)
+        canvas.text((left - 40, at), f"{y:,.6g}", INK, face, anchor="rm")
     for x in x_ticks:
         at = place(x, y0)[0]
-        canvas.line([at, bottom, at, bottom + 5], INK)
-        canvas.text((at, bottom + 10), number(x, x_ticks), INK, small, anchor="ma")
-    canvas.line([left, bottom, right, bottom], INK)
-    canvas.text(((left + right) / 2, height - 10), "step", INK, small, anchor="md")
-    canvas.text((left, 30), title, INK, font(18, title.isascii()), anchor="lm")
-
-    scale = 4                                               # lines are drawn this much larger, then averaged
-    large = sheet.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(large)
-    colours = {name: LINES[i % len(LINES)] for i, name in enumerate(curves)}
-    for name, points in curves.items():
+        canvas.line([at, bottom, at, bottom + 20], INK, 4)
+        canvas.text((at, bottom + 40), f"{x:,.6g}", INK, face, anchor="ma")
+    canvas.line([left, bottom, right, bottom], INK, 4)
+    canvas.text(((left + right) / 2, 2120), "step", INK, face, anchor="md")
+    end = right                                                 # of the legend, from the right
+    for colour, (name, points) in reversed([*zip(itertools.cycle(LINES), curves.items())]):
         for drawable, run in itertools.groupby(points, lambda point: math.isfinite(point[1])):
-            if not drawable:
-                continue
-            dots = [tuple(scale * v for v in place(*point)) for point in run]
-            pen.line(dots, colours[name], 2 * scale, joint="curve")
-            for u, v in dots if len(points) < 25 else dots[-1:]:
-                pen.ellipse([u - 3 * scale, v - 3 * scale, u + 3 * scale, v + 3 * scale], colours[name])
-    sheet = large.reduce(scale)
-    canvas, x = ImageDraw.Draw(sheet), right
-    for name, points in reversed(curves.items()):               # the legend, from the right
+            if drawable:
+                dots = [place(*point) for point in run]
+                canvas.line(dots, colour, 8, joint="curve")
+                canvas.circle(dots[-1], 12, colour)
         label = f"{name} {points[-1][1]:.4g}" if points else name
-        canvas.text((x, 30), label, INK, small, anchor="rm")
-        x -= small.getlength(label) + 24
-        canvas.rounded_rectangle([x, 29, x + 17, 32], 2, colours[name])
-        x -= 2 * GAP
-    return sheet
+        canvas.text((end, 120), label, INK, face, anchor="rm")
+        end -= face.getlength(label) + 96
+        canvas.line([end, 122, end + 68, 122], colour, 12)
+        end -= 112
+    return sheet.reduce(4)
 
 
 def round_ticks(low: float, high: float, most: int) -> list[float]:
@@ -159,16 +138,6 @@ def round_ticks(low: float, high: float, most: int) -> list[float]:
     step = next(s for s in (step, 2 * step, 5 * step, 10 * step, 20 * step)
                 if math.ceil(high / s) - math.floor(low / s) <= most)
     return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def number(value: float, ticks: list[float]) -> str:
-    """A tick's label, with as many decimals as the distance between ticks needs."""
-    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
-    return f"{value:,.{decimals}f}"
-
-
-# --------------------------------------------------------------------------------------------------
-# attention
 
 
 def attention_sheet(image: Image.Image, words: list[str], maps: list[np.ndarray], columns: int = 7,

@@ -41,10 +41,11 @@ Image.core.set_block_size(256 << 20)                    # so large that freed pi
 _decoding, _turn = 0, threading.Condition()             # pixels
 
 
-def load_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Image:
+def load_image(source: str | os.PathLike | BinaryIO | Image.Image, size: int | None = None) -> Image.Image:
     """A path, an open file or a PIL image -> an upright RGB PIL image: first frame, transparency over white.
 
-    Raises UserError when the picture cannot be read, is too large, or is not in one of FORMATS.
+    With `size` it is squashed to (size, size) at once. Raises UserError when the picture cannot be read, is
+    too large, or is not in one of FORMATS.
     """
     name = f" {printable(os.fspath(source))}" if isinstance(source, (str, os.PathLike)) else ""
     try:
@@ -59,7 +60,8 @@ def load_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            image = image.convert("RGB")
+            return resize(image, size) if size else image
     except UserError:
         raise
     except Image.UnidentifiedImageError:
@@ -132,5 +134,5 @@ def normalize(pixels: torch.Tensor, config) -> torch.Tensor:
 
 def preprocess(images: list, config) -> torch.Tensor:
     """Paths, open files or PIL images -> (B, 3, S, S) float32 on the CPU. Raises what `load_image` does."""
-    pixels = [np.array(resize(load_image(image), config.image_size)) for image in images]
+    pixels = [np.array(load_image(image, config.image_size)) for image in images]
     return normalize(torch.from_numpy(np.stack(pixels)), config)

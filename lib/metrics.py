@@ -10,9 +10,6 @@ from collections import Counter
 
 from lib.cli import UserError
 
-# --------------------------------------------------------------------------------------------------
-# tokens: what Stanford's PTBTokenizer 3.4.1 makes of a caption, lower case, without punctuation
-
 ABBREVIATIONS = r"""
     adj adm adv al ala alex apr ariz assn assoc asst atty aug ave bhd bldg blvd brig bros calif capt
     cf cie cmdr co col colo conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb
@@ -94,10 +91,6 @@ def tokenize(caption: str) -> list[str]:
     caption = re.sub(r"’(?=(?i:[smdt]|ll|re|ve)\b)", "'", caption.translate(SPELLED))
     words = [word for word in TOKEN.findall(caption) if word.strip("'’")]
     return " ".join(words).translate(BRACKETS).lower().split()
-
-
-# --------------------------------------------------------------------------------------------------
-# scores
 
 
 def score(candidates: list[str], references: list[list[str]]) -> tuple[dict, dict]:

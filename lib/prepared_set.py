@@ -57,8 +57,7 @@ def read_meta(folder: str) -> SetMeta:
     file = os.path.join(folder, "meta.json")
     content = records.read_json(dict, file)
     if isinstance(version := content.get("format_version"), int) and version > FORMAT_VERSION:
-        raise UserError(f"{folder} is of a newer format than this code knows; update the code, or "
-                        "prepare it again")
+        raise UserError(f"{folder} is of a newer format than this code knows: update the code")
     return records.convert(SetMeta, content, file)
 
 
@@ -74,17 +73,17 @@ def set_folder(out: str) -> Iterator[None]:
 
     Raises UserError if it holds files that would be replaced and are not of a set, or another run writes it.
     """
+    def present():
+        return [name for name in SET_FILES if os.path.lexists(os.path.join(out, name))]
+
     try:
         os.makedirs(out, exist_ok=True)
     except FileExistsError:
         raise UserError(f"{out} is a file; name a folder with --out") from None
-    def present():
-        return [name for name in SET_FILES if os.path.lexists(os.path.join(out, name))]
-
     unfinished = os.path.join(out, ".unfinished")                # says whose a set without meta.json is: ours
     if present() and not os.path.exists(unfinished) and not set_origin(out):
         raise UserError(f"{out} holds a file {present()[0]} that would be replaced but is not of a prepared "
-                        "set: name another folder with --out, or move the file away")
+                        "set, or of a damaged one: move it away, or name another folder with --out")
     with open(unfinished, "w") as file:
         cli.lock(file, f"another run is writing {out}; wait for it, or name another folder with --out")
         for name in SET_FILES:
@@ -97,18 +96,16 @@ def set_folder(out: str) -> Iterator[None]:
                 os.remove(unfinished)
 
 
-def write_images(out, pictures, image_size):
+def write_images(out, pictures):
     """Begin the set in folder `out`: stream uint8 (S, S, 3) arrays to images.bin, and return their number.
 
-    A set that was there is left alone until the last picture has come; then it stops being one, until
-    `write_set` completes the new one. Raises UserError when no picture comes.
+    A former set stays until the last picture has come. Raises UserError when no picture comes.
     """
     os.makedirs(out, exist_ok=True)
     count = 0
     with cli.atomic(os.path.join(out, "images.bin")) as path:
         with open(path, "wb") as file:
             for picture in pictures:
-                assert picture.shape == (image_size, image_size, 3) and picture.dtype == np.uint8
                 file.write(np.ascontiguousarray(picture))
                 count += 1
         if not count:
@@ -123,13 +120,9 @@ def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=
     """Complete the set begun by `write_images`: captions, tokens, splits, and last of all meta.json.
 
     names: one per picture; captions: (picture index, source text) pairs, no text blank; splits: {"train",
-    "val", "test": picture indices}; preprocessing: at least image_size; counts: what the summary said, for
-    meta.json; clean: tokens are of `clean_caption(text)`, not of the text itself; source: says what the set
-    was made from.
+    "val", "test": picture indices}; preprocessing: at least image_size; clean: the tokens are those of
+    `clean_caption(text)`; counts and source say what the set was made from.
     """
-    size = preprocessing["image_size"]
-    assert os.path.getsize(os.path.join(out, "images.bin")) == len(names) * size * size * 3
-    assert set(splits) == {"train", "val", "test"} and tokenizer.vocab_size <= 1 << 16
     texts = [text for _, text in captions]
     tokens, offset = encode_captions(tokenizer, [clean_caption(text) if clean else text for text in texts])
     with cli.atomic(os.path.join(out, "tokens.bin")) as path:
@@ -159,7 +152,7 @@ def write_json(path, value):
 
 
 def damaged(folder: str, what: str) -> UserError:
-    return UserError(f"{folder} is damaged ({what}); prepare it again")
+    return UserError(f"{folder} is damaged ({what}): move it away, and prepare it again")
 
 
 def read_array(folder: str, name: str, dtype: type, count: int) -> np.ndarray:

@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -119,13 +119,14 @@ def cpu_threads(number: int):
         torch.set_num_threads(before)
 
 
-def peak_memory(device):
-    """Gigabytes: allocated on the GPU, else resident in this process, at most so far."""
+def peak_memory(device: torch.device) -> float:
+    """Gigabytes, at most so far: allocated on the GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
+    if Path("/proc/self/status").exists():       # on Linux getrusage counts the parent's memory too
+        return int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0]) * 1024 / 1e9
     try:
         import resource
     except ImportError:                                               # Windows does not tell
         return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9

@@ -27,9 +27,6 @@ from lib.tf_checkpoint import read_tf_checkpoint
 
 BLOAT = 10              # a file whose tensors would fill more than 10 times its bytes is a trap: they repeat
 
-# ------------------------------------------------------------------------------------------------------------
-# configs: what the source says of itself
-
 LAYERS, SIDE, EPS = dict(min=1, max=1000), dict(min=1, max=4096), dict(min=0, max=1)
 MEAN, STD, RGB = dict(min=0, max=1), dict(min=1e-3, max=1), tuple[float, float, float]
 FILTER = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
@@ -66,7 +63,7 @@ class Preprocessor:
 class SourceConfig:
     """What is of use in config.json, hparams.json or a training run's checkpoint, under its name there."""
 
-    n_head: int | None = field(default=None, metadata=LAYERS)                    # GPT-2
+    n_head: int | None = field(default=None, metadata=LAYERS)                    # of GPT-2
     n_heads: int | None = field(default=None, metadata=LAYERS)                   # the published Vision-GPT
     layer_norm_epsilon: float = field(default=1e-5, metadata=EPS)
     activation_function: str = "gelu_new"
@@ -79,11 +76,6 @@ class SourceConfig:
     pretrained_cfg: TimmConfig | None = None
     preprocessor: Preprocessor | None = None                                     # ours from here
     wrapper: str | None = None                               # the last dict in the file that was unwrapped
-
-
-# ------------------------------------------------------------------------------------------------------------
-# containers: safetensors, torch.save, TorchScript, .npz, TensorFlow
-
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], SourceConfig]:
     """A file or folder -> its tensors by name, and what config files and the file itself say of the model.
@@ -98,8 +90,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], SourceConfig]:
             records.convert(SourceConfig, config, folder / name, foreign=True)
     for file in files:
         content |= read_weight_file(file)
-    for key in ("config", "model_args"):                     # of a training run's checkpoint
-        config |= content[key] if isinstance(content.get(key), dict) else {}
+    for held in (content.get("config"), content.get("model_args")):      # of a training run's checkpoint
+        config |= held if isinstance(held, dict) else {}
     source_config = records.convert(SourceConfig, config, path, foreign=True)
     with contextlib.suppress(FileNotFoundError):
         source_config.preprocessor = records.read_json(
@@ -212,15 +204,10 @@ def read_archive(file):
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """The tensors of a TorchScript archive, as OpenAI published CLIP; its code is never looked at."""
-    root = archive.namelist()[0].split("/")[0]
-
-    def rebuild_tensor(storage, offset, size, stride, *_):
-        return storage.as_strided(size, stride, offset)
-
+    root, storages, seen = archive.namelist()[0].split("/")[0], {}, set()
     known = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long,
-             "IntStorage": torch.int, "OrderedDict": dict, "_rebuild_tensor_v2": rebuild_tensor}
-
-    storages, seen = {}, set()
+             "IntStorage": torch.int, "OrderedDict": dict, "_rebuild_tensor_v2": lambda storage, offset, size,
+             stride, *_: storage.as_strided(size, stride, offset)}
 
     class Holder:                                    # stands for every other class and function in the pickle
         def __init__(self, *args):
@@ -247,29 +234,32 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     with archive.open(f"{root}/data.pkl") as pickled:
         return dict(named_tensors(Unpickler(pickled).load()))
 
-
-# ------------------------------------------------------------------------------------------------------------
-# formats: how each source names its tensors
-
-
 class WeightFormat(NamedTuple):
-    """Source names -> ours, as templates: {i} is the layer, * anything, a module means its weight and bias.
+    """How a source names its tensors: {name there: name here}.
 
-    None drops a tensor; /0 /1 /2 are parts to be concatenated. `marker` is a name that no other format has,
-    `config` what its shapes do not show, `prefix` a pattern of what may stand before the names, and
-    `to_torch(our name, tensor)` puts a tensor into torch's orientation.
+    In a name {i} is the layer and * anything; a module stands for its weight and bias; /0 /1 /2 are parts to
+    be concatenated; "" drops a tensor. `marker` is a name that no other format has, `config` holds what
+    shapes do not show, `prefix` is a pattern of what may stand before the names, and
+    `to_torch(name here, tensor)` puts a tensor into torch's orientation.
     """
 
     name: str
     marker: str
-    weight_map: dict
+    weight_map: dict[str, str]
     config: dict = {}
     prefix: str = ""
     to_torch: Callable = lambda name, tensor: tensor
 
 
-def per_block(prefix, names, target="blocks.{i}"):
-    return {f"{prefix}.{source}": f"{target}.{ours}" for source, ours in names.items()}
+def table(top: str, source: str = "", block: str = "", ours: str = "blocks.{i}.") -> dict[str, str]:
+    """Pairs there=here, or a name that is the same in both: of the whole model, and of a block."""
+    def pairs(text, before, after):
+        for pair in text.split():
+            there, differs, here = pair.partition("=")
+            here = here if differs else there
+            yield before + there, here and after + here
+
+    return dict([*pairs(top, "", ""), *pairs(block, source, ours)])
 
 
 def from_flax(name, tensor):
@@ -293,87 +283,81 @@ SQUASH = dict(transform=dict(squash=224, filter="bilinear"))
 CLIP = dict(eps=1e-5, activation="quick_gelu", pre_norm=True, final_norm=False,
             mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), **CENTER_CROP)
 
-TORCHVISION = WeightFormat("torchvision", "encoder.layers.encoder_layer_0.ln_1.weight", {
-    "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj": "patch_embed",
-    "encoder.ln": "norm", "heads.head": "head",
-    **per_block("encoder.layers.encoder_layer_{i}", {
-        "ln_1": "norm1", "self_attention.in_proj_weight": "attn.qkv.weight",
-        "self_attention.in_proj_bias": "attn.qkv.bias", "self_attention.out_proj": "attn.proj",
-        "ln_2": "norm2", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2",
-        "mlp.linear_1": "mlp.fc1", "mlp.linear_2": "mlp.fc2"})})     # the names in the published file
-TIMM = WeightFormat("timm", "blocks.0.attn.qkv.weight", {
-    "cls_token": "cls_token", "pos_embed": "pos_embed", "patch_embed.proj": "patch_embed", "norm": "norm",
-    "head": "head", "pre_logits.*": None,
-    "head.mlp.*": None, "head.last_layer.*": None, "mask_token": None, "decoder_*": None,    # of DINO, MAE
-    **per_block("blocks.{i}", {
-        name: name for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")})}, BICUBIC)
-HF_VIT = WeightFormat("Hugging Face ViT", "embeddings.patch_embeddings.projection.weight", {
-    "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed", "layernorm": "norm", "classifier": "head",
-    "embeddings.mask_token": None, "pooler.dense": None,
-    **per_block("encoder.layer.{i}", {
-        "layernorm_before": "norm1", "attention.attention.query": "attn.qkv/0",
-        "attention.attention.key": "attn.qkv/1", "attention.attention.value": "attn.qkv/2",
-        "attention.output.dense": "attn.proj", "layernorm_after": "norm2",
-        "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"})}, MEAN_HALF | SQUASH, r"vit\.")
-GOOGLE = WeightFormat("Google .npz", "embedding.kernel", {
-    "cls": "cls_token", "embedding": "patch_embed", "Transformer.posembed_input.pos_embedding": "pos_embed",
-    "Transformer.encoder_norm": "norm", "head": "head", "pre_logits": None, "opt.state.*": None,
-    **per_block("Transformer.encoderblock_{i}", {
-        "LayerNorm_0": "norm1", "MultiHeadDotProductAttention_*.query": "attn.qkv/0",
-        "MultiHeadDotProductAttention_*.key": "attn.qkv/1",
-        "MultiHeadDotProductAttention_*.value": "attn.qkv/2",
-        "MultiHeadDotProductAttention_*.out": "attn.proj", "LayerNorm_1": "norm2", "LayerNorm_2": "norm2",
-        "MlpBlock_*.Dense_0": "mlp.fc1", "MlpBlock_*.Dense_1": "mlp.fc2"})},
-    MEAN_HALF | SQUASH | dict(activation="gelu_tanh"), r"params\.|opt\.target\.", from_flax)
-OPENAI_CLIP = WeightFormat("OpenAI CLIP", "visual.ln_pre.weight", {
-    "visual.class_embedding": "cls_token", "visual.positional_embedding": "pos_embed",
-    "visual.conv1": "patch_embed", "visual.ln_pre": "norm_pre", "visual.ln_post": None, "visual.proj": None,
-    **per_block("visual.transformer.resblocks.{i}", {
-        "ln_1": "norm1", "attn.in_proj_weight": "attn.qkv.weight", "attn.in_proj_bias": "attn.qkv.bias",
-        "attn.out_proj": "attn.proj", "ln_2": "norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
-    **dict.fromkeys(["transformer.*", "token_embedding", "positional_embedding", "ln_final",
-                     "text_projection", "logit_scale", "input_resolution", "context_length",
-                     "vocab_size"])}, CLIP)
-HF_CLIP = WeightFormat("Hugging Face CLIP", "pre_layrnorm.weight", {       # spelled so
-    "embeddings.class_embedding": "cls_token", "embeddings.position_embedding.weight": "pos_embed",
-    "embeddings.patch_embedding": "patch_embed", "pre_layrnorm": "norm_pre",
-    **per_block("encoder.layers.{i}", {
-        "layer_norm1": "norm1", "self_attn.q_proj": "attn.qkv/0", "self_attn.k_proj": "attn.qkv/1",
-        "self_attn.v_proj": "attn.qkv/2", "self_attn.out_proj": "attn.proj", "layer_norm2": "norm2",
-        "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}),
-    **dict.fromkeys(["post_layernorm", "embeddings.position_ids", "text_model.*", "visual_projection",
-                     "text_projection", "logit_scale"])}, CLIP, r"vision_model\.")
-GPT2_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-NANOGPT = WeightFormat("nanoGPT", "h.0.attn.c_attn.weight", {
-    "wte": "wte", "wpe": "wpe", "ln_f": "ln_f", "lm_head.weight": None,
-    "h.{i}.attn.bias": None, "h.{i}.attn.masked_bias": None,         # the causal mask
-    **per_block("h.{i}", {name: name for name in GPT2_BLOCK}, "h.{i}")},
+# mlp.linear_1 and mlp.linear_2 are the names in torchvision's published file
+TORCHVISION = WeightFormat("torchvision", "encoder.layers.encoder_layer_0.ln_1.weight", table("""
+    class_token=cls_token encoder.pos_embedding=pos_embed conv_proj=patch_embed encoder.ln=norm
+    heads.head=head""", "encoder.layers.encoder_layer_{i}.", """
+    ln_1=norm1 self_attention.in_proj_weight=attn.qkv.weight self_attention.in_proj_bias=attn.qkv.bias
+    self_attention.out_proj=attn.proj ln_2=norm2 mlp.0=mlp.fc1 mlp.3=mlp.fc2
+    mlp.linear_1=mlp.fc1 mlp.linear_2=mlp.fc2"""))
+# the second line drops the heads of DINO and MAE
+TIMM = WeightFormat("timm", "blocks.0.attn.qkv.weight", table("""
+    cls_token pos_embed patch_embed.proj=patch_embed norm head pre_logits.*=
+    head.mlp.*= head.last_layer.*= mask_token= decoder_*=
+    """, "blocks.{i}.", "norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2"), BICUBIC)
+HF_VIT = WeightFormat("Hugging Face ViT", "embeddings.patch_embeddings.projection.weight", table("""
+    embeddings.cls_token=cls_token embeddings.position_embeddings=pos_embed layernorm=norm classifier=head
+    embeddings.patch_embeddings.projection=patch_embed embeddings.mask_token= pooler.dense=
+    """, "encoder.layer.{i}.", """
+    layernorm_before=norm1 attention.attention.query=attn.qkv/0 attention.attention.key=attn.qkv/1
+    attention.attention.value=attn.qkv/2 attention.output.dense=attn.proj layernorm_after=norm2
+    intermediate.dense=mlp.fc1 output.dense=mlp.fc2"""), MEAN_HALF | SQUASH, r"vit\.")
+GOOGLE = WeightFormat("Google .npz", "embedding.kernel", table("""
+    cls=cls_token embedding=patch_embed Transformer.posembed_input.pos_embedding=pos_embed
+    Transformer.encoder_norm=norm head pre_logits= opt.state.*=
+    """, "Transformer.encoderblock_{i}.", """
+    MultiHeadDotProductAttention_*.query=attn.qkv/0 MultiHeadDotProductAttention_*.key=attn.qkv/1
+    MultiHeadDotProductAttention_*.value=attn.qkv/2 MultiHeadDotProductAttention_*.out=attn.proj
+    LayerNorm_0=norm1 LayerNorm_1=norm2 LayerNorm_2=norm2 MlpBlock_*.Dense_0=mlp.fc1
+    MlpBlock_*.Dense_1=mlp.fc2"""), MEAN_HALF | SQUASH | dict(activation="gelu_tanh"),
+    r"params\.|opt\.target\.", from_flax)
+OPENAI_CLIP = WeightFormat("OpenAI CLIP", "visual.ln_pre.weight", table("""
+    visual.class_embedding=cls_token visual.positional_embedding=pos_embed visual.conv1=patch_embed
+    visual.ln_pre=norm_pre visual.ln_post= visual.proj= transformer.*= token_embedding= positional_embedding=
+    ln_final= text_projection= logit_scale= input_resolution= context_length= vocab_size=
+    """, "visual.transformer.resblocks.{i}.", """
+    ln_1=norm1 attn.in_proj_weight=attn.qkv.weight attn.in_proj_bias=attn.qkv.bias attn.out_proj=attn.proj
+    ln_2=norm2 mlp.c_fc=mlp.fc1 mlp.c_proj=mlp.fc2"""), CLIP)
+HF_CLIP = WeightFormat("Hugging Face CLIP", "pre_layrnorm.weight", table("""
+    embeddings.class_embedding=cls_token embeddings.position_embedding.weight=pos_embed
+    embeddings.patch_embedding=patch_embed pre_layrnorm=norm_pre post_layernorm= embeddings.position_ids=
+    text_model.*= visual_projection= text_projection= logit_scale=
+    """, "encoder.layers.{i}.", """
+    layer_norm1=norm1 self_attn.q_proj=attn.qkv/0 self_attn.k_proj=attn.qkv/1 self_attn.v_proj=attn.qkv/2
+    self_attn.out_proj=attn.proj layer_norm2=norm2 mlp.fc1 mlp.fc2"""), CLIP, r"vision_model\.")
+GPT2_BLOCK = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj"
+NANOGPT = WeightFormat("nanoGPT", "h.0.attn.c_attn.weight", table(            # attn.bias: the causal mask
+    "wte wpe ln_f lm_head.weight= h.{i}.attn.bias= h.{i}.attn.masked_bias=", "h.{i}.", GPT2_BLOCK, "h.{i}."),
     dict(activation="gelu"), r"transformer\.")                       # torch's default GELU is the exact one
 HF_GPT2 = NANOGPT._replace(name="Hugging Face GPT-2", config={}, to_torch=from_conv1d)
-OPENAI_GPT2 = WeightFormat("OpenAI GPT-2", "model.h0.attn.c_attn.w", {
-    "model.wte": "wte.weight", "model.wpe": "wpe.weight", "model.ln_f": "ln_f",
-    **per_block("model.h{i}", {name: name for name in GPT2_BLOCK}, "h.{i}")}, to_torch=from_conv1d)
-PUBLISHED = WeightFormat("published Vision-GPT", "vision.resampler.latents", {    # after `split_blocks`
-    "tok_emb": "gpt2.wte", "pos_emb": "gpt2.wpe", "final_norm": "gpt2.ln_f", "out_head.weight": None,
-    "text.{i}.att.mask": None,
-    **per_block("text.{i}", {
-        "norm1": "ln_1", "att.W_query": "attn.c_attn/0", "att.W_key": "attn.c_attn/1",
-        "att.W_value": "attn.c_attn/2", "att.out_proj": "attn.c_proj", "norm2": "ln_2",
-        "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj"}, "gpt2.h.{i}"),
-    **per_block("cross.{i}", {
-        "attn_norm": "ln", "att.W_query": "q", "att.W_key": "kv/0", "att.W_value": "kv/1",
-        "att.out_proj": "out"}, "xattn.{i}"),
-    "vision.resampler.latents": "resampler.latents",
-    **{f"vision.resampler.{n}": f"resampler.layers.{{i}}.{ours}" for n, ours in {
-        "to_q.{i}": "q", "to_kv.{i}": "kv", "proj_out.{i}": "proj", "norms_latent.{i}": "norm_latents",
-        "norms_media.{i}": "norm_patches", "mlp.{i}.0": "norm_mlp", "mlp.{i}.1": "fc1",
-        "mlp.{i}.3": "fc2"}.items()},
-    **{f"vision.encoder.model.{n}": f"vit.{ours}" for n, ours in TORCHVISION.weight_map.items()}})
+OPENAI_GPT2 = WeightFormat("OpenAI GPT-2", "model.h0.attn.c_attn.w", table(
+    "model.wte=wte.weight model.wpe=wpe.weight model.ln_f=ln_f", "model.h{i}.", GPT2_BLOCK, "h.{i}."),
+    to_torch=from_conv1d)
+PUBLISHED = WeightFormat("published Vision-GPT", "vision.resampler.latents", {       # after `split_blocks`
+    **table("""
+    tok_emb=gpt2.wte pos_emb=gpt2.wpe final_norm=gpt2.ln_f out_head.weight= text.{i}.att.mask=
+    vision.resampler.latents=resampler.latents
+    """, "text.{i}.", """
+    norm1=ln_1 att.W_query=attn.c_attn/0 att.W_key=attn.c_attn/1 att.W_value=attn.c_attn/2
+    att.out_proj=attn.c_proj norm2=ln_2 ff.layers.0=mlp.c_fc ff.layers.2=mlp.c_proj""", "gpt2.h.{i}."),
+    **table("", "cross.{i}.", "attn_norm=ln att.W_query=q att.W_key=kv/0 att.W_value=kv/1 att.out_proj=out",
+            "xattn.{i}."),
+    **table("", "vision.resampler.", """
+    to_q.{i}=q to_kv.{i}=kv proj_out.{i}=proj norms_latent.{i}=norm_latents norms_media.{i}=norm_patches
+    mlp.{i}.0=norm_mlp mlp.{i}.1=fc1 mlp.{i}.3=fc2""", "resampler.layers.{i}."),
+    **{f"vision.encoder.model.{there}": f"vit.{here}" for there, here in TORCHVISION.weight_map.items()}})
 FORMATS = {"ViT": (TORCHVISION, TIMM, HF_VIT, GOOGLE, OPENAI_CLIP, HF_CLIP),
            "GPT-2": (HF_GPT2, NANOGPT, OPENAI_GPT2), "Vision-GPT": (PUBLISHED,)}
 SUFFIXES = {"weight": "weight", "kernel": "weight", "scale": "weight", "w": "weight", "g": "weight",
             "bias": "bias", "b": "bias", "shift": "bias"}
+
+
+def read_model(path: str | Path, kind: str) -> tuple:
+    """A ViT, GPT-2 or Vision-GPT -> tensors by our names, its format, tensors as read, its SourceConfig."""
+    source, config = read_weights(path)
+    fmt = detect_format(source, kind, path)
+    renamed = split_blocks(source, path) if fmt is PUBLISHED else source
+    return map_names(renamed, fmt, path), fmt, source, config
 
 
 def detect_format(tensors: dict[str, Tensor], kind: str, source) -> WeightFormat:
@@ -394,22 +378,21 @@ def detect_format(tensors: dict[str, Tensor], kind: str, source) -> WeightFormat
 
 def map_names(tensors: dict[str, Tensor], fmt: WeightFormat, source) -> dict[str, Tensor]:
     """{our name: float32 tensor}. What the format does not know keeps its name, put in quotes."""
-    rules = []
+    rules, parts = [], defaultdict(dict)                             # our name -> {part: tensor}
     for template, target in fmt.weight_map.items():
         pattern = re.escape(template).replace(r"\{i\}", r"(?P<layer>[0-9]{1,4})").replace(r"\*", ".*")
         suffix = rf"(?:\.(?P<suffix>{'|'.join(SUFFIXES)}))?"
         rules.append((re.compile(f"(?:{fmt.prefix})?{pattern}{suffix}"), target))
-    parts = defaultdict(dict)                                        # our name -> {part: tensor}
     try:
         for name, tensor in tensors.items():
             matches = ((pattern.fullmatch(name.replace("/", ".")), target) for pattern, target in rules)
             match, target = next((found for found in matches if found[0]), (None, repr(name)))
-            if target is None:
+            if not target:
                 continue
             part = ""
-            if match and not (tensor.is_floating_point() and tensor.ndim and tensor.numel()):
-                raise UserError(f"{source}: {name} is {tensor.dtype} {tuple(tensor.shape)}, no weights")
             if match:
+                if not (tensor.is_floating_point() and tensor.ndim and tensor.numel()):
+                    raise UserError(f"{source}: {name} is {tensor.dtype} {tuple(tensor.shape)}, no weights")
                 layer, suffix = match.groupdict().get("layer"), match["suffix"]
                 target, _, part = target.replace("{i}", layer or "").partition("/")
                 target += f".{SUFFIXES[suffix]}" if suffix else ""
@@ -426,12 +409,12 @@ def map_names(tensors: dict[str, Tensor], fmt: WeightFormat, source) -> dict[str
 def split_blocks(tensors: dict[str, Tensor], path) -> dict[str, Tensor]:
     """trf_blocks.{t} -> text.{i}, or cross.{i} where it is the cross-attention before text block i."""
     block = re.compile(r"trf_blocks\.([0-9]{1,4})\.")
-    text = {int(m[1]) for name in tensors if (m := block.match(name)) and name.startswith("norm1.", m.end())}
-    in_order = sorted(text)
+    text = sorted({int(m[1]) for name in tensors
+                   if (m := block.match(name)) and name.startswith("norm1.", m.end())})
 
     def number(match):
         t = int(match[1])
-        return f"{'text' if t in text else 'cross'}.{bisect_left(in_order, t)}."
+        return f"{'text' if t in text else 'cross'}.{bisect_left(text, t)}."
 
     numbered = {block.sub(number, name, count=1): tensor for name, tensor in tensors.items()}
     if len(numbered) < len(tensors):
@@ -439,14 +422,11 @@ def split_blocks(tensors: dict[str, Tensor], path) -> dict[str, Tensor]:
     return numbered
 
 
-# ------------------------------------------------------------------------------------------------------------
-# settings: what shapes do not show
-
 ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
                "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}      # Hugging Face's names
 
 
-def hf_activation(name, source):
+def activation(name, source):
     if name not in ACTIVATIONS:
         raise UserError(f"{source} needs the activation {name!r}; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -457,7 +437,7 @@ def gpt2_settings(fmt: WeightFormat, source: SourceConfig, path) -> dict:
     fields = dict(n_head=source.n_head, **fmt.config)
     if fmt is HF_GPT2:
         fields["eps"] = source.layer_norm_epsilon
-        fields["activation"] = hf_activation(source.activation_function, path)
+        fields["activation"] = activation(source.activation_function, path)
         if source.scale_attn_by_inverse_layer_idx or not source.scale_attn_weights:
             raise UserError(f"{path} does not scale attention as GPT-2 does (see its config.json)")
     return fields
@@ -483,18 +463,12 @@ def vit_settings(fmt: WeightFormat, tensors: dict, source: SourceConfig, image_s
     if fmt in (HF_VIT, HF_CLIP):
         config, shown = source.vision_config or source, source.preprocessor
         found = dict(n_head=config.num_attention_heads, eps=config.layer_norm_eps,
-                     activation=config.hidden_act and hf_activation(config.hidden_act, path))
+                     activation=config.hidden_act and activation(config.hidden_act, path))
         fields |= {name: value for name, value in found.items() if value is not None}
         if shown and shown.image_mean and shown.image_std and shown.size:
-            fields |= dict(mean=shown.image_mean, std=shown.image_std, transform=hf_transform(shown))
+            sizes = shown.size, shown.crop_size
+            side, crop = (min(size.values()) if isinstance(size, dict) else size for size in sizes)
+            transform = dict(resize=side, crop=crop) if shown.do_center_crop else dict(squash=side)
+            transform["filter"] = "bicubic" if shown.resample == 3 else "bilinear"
+            fields |= dict(mean=shown.image_mean, std=shown.image_std, transform=transform)
     return fields
-
-
-def hf_transform(shown: Preprocessor) -> dict:
-    """Hugging Face's preprocessor_config.json as ViTConfig.transform."""
-    sizes = shown.size, shown.crop_size
-    side, crop = (min(size.values()) if isinstance(size, dict) else size for size in sizes)
-    filter = "bicubic" if shown.resample == 3 else "bilinear"
-    if shown.do_center_crop:
-        return dict(resize=side, crop=crop, filter=filter)
-    return dict(squash=side, filter=filter)

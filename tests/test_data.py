@@ -53,7 +53,7 @@ def make_set(folder, images=14, size=24, seed=0, longest=20, **options):
     names = [f"{i}.jpg" for i in range(images)]
     splits = {"train": list(range(0, images - 5)), "val": list(range(images - 5, images - 1)),
               "test": [images - 1]}
-    assert write_images(str(folder), iter(pictures), size) == images
+    assert write_images(str(folder), iter(pictures)) == images
     tokenizer = options.pop("tokenizer", None) or Tokenizer.train([text for _, text in pairs], 280)
     write_set(str(folder), names, pairs, splits, tokenizer, {"image_size": size}, **options)
     return pictures, {i: [text for image, text in pairs if image == i] for i in range(images)}

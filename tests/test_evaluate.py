@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """A set of 8 pictures of one colour each, image i with i % 3 + 1 captions."""
     folder, rng = tmp_path_factory.mktemp("data") / "tiny", np.random.default_rng(0)
     pictures = (np.full((24, 24, 3), rng.integers(256, size=3), np.uint8) for _ in range(8))
-    prepared_set.write_images(folder, pictures, 24)
+    prepared_set.write_images(folder, pictures)
     captions = [(i, CAPTIONS[i] + " , again" * n) for i in range(8) for n in range(i % 3 + 1)]
     names, ids = [f"{i}.jpg" for i in range(8)], [100 + i for i in range(8)]
     prepared_set.write_set(folder, names, captions, dict(train=[0, 4], val=[1], test=TEST),
@@ -206,7 +206,7 @@ def test_drawn_scenes_count_captions_right_in_every_word(tmp_path, run):
     scene = {"arrangement": "in the middle", "objects": [
         {"size": "small", "colour": "red", "shape": "circle", "x": 0.5, "y": 0.5}]}
     texts = ["a small red circle in the middle", "a small red circle at the top"]
-    prepared_set.write_images(folder, np.zeros((2, 8, 8, 3), np.uint8), 8)
+    prepared_set.write_images(folder, np.zeros((2, 8, 8, 3), np.uint8))
     (folder / "scenes.jsonl").write_text(f"{json.dumps(scene)}\n" * 2)
     prepared_set.write_set(folder, ["0.png", "1.png"], [(0, texts[0]), (1, texts[0])],
                    dict(train=[], val=[], test=[0, 1]), Tokenizer.train(texts, 260), dict(image_size=8))

@@ -15,13 +15,10 @@ from tokenizer import pack_captions
 from vit import ACTIVATIONS, ViT, ViTConfig
 
 pytestmark = pytest.mark.skipif(not fast.available(), reason="PyTorch without oneDNN")
-BOTH = pytest.mark.parametrize("operator", [fast.POINTWISE, None], ids=["packed", "public"])
 
 
-@BOTH
 @pytest.mark.parametrize("beams", [1, 4])
-def test_pack_leaves_the_captions_as_they_were(monkeypatch, operator, beams):
-    monkeypatch.setattr(fast, "POINTWISE", operator)
+def test_pack_leaves_the_captions_as_they_were(beams):
     model = tiny_model()
     packed = fast.pack(copy.deepcopy(model).requires_grad_(False))
     images, config = torch.randn(3, 3, 16, 16), DecodingConfig(num_beams=beams, max_length=12, min_length=12)
@@ -32,12 +29,10 @@ def test_pack_leaves_the_captions_as_they_were(monkeypatch, operator, beams):
     assert len(set(map(tuple, plain))) > 1                     # else the images would not matter
 
 
-@BOTH
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (1,), ()])
-def test_linear_and_its_gradients_are_pytorchs(monkeypatch, operator, dtype, tolerance, trained, shape):
-    monkeypatch.setattr(fast, "POINTWISE", operator)
+def test_linear_and_its_gradients_are_pytorchs(dtype, tolerance, trained, shape):
     x = torch.randn(*shape, 64, dtype=dtype, requires_grad=True)
     weight = torch.randn(48, 64, dtype=dtype, requires_grad=trained)
     bias = torch.randn(48, dtype=dtype, requires_grad=trained)
@@ -54,11 +49,9 @@ def test_linear_and_its_gradients_are_pytorchs(monkeypatch, operator, dtype, tol
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
-@BOTH
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("grad", [False, True])
-def test_packed_mlps_keep_their_activation(monkeypatch, operator, activation, grad):
-    monkeypatch.setattr(fast, "POINTWISE", operator)
+def test_packed_mlps_keep_their_activation(activation, grad):
     config = ViTConfig(image_size=16, patch_size=8, n_layer=2, n_head=2, n_embd=16, n_mlp=24,
                        activation=activation)
     plain = ViT(config).eval().requires_grad_(False)

@@ -47,7 +47,7 @@ def test_whole_files_are_read(readers):
 @given(st.lists(st.tuples(st.integers(0, 3), TEXTS), min_size=1, max_size=9))
 def test_captions_of_any_text_make_the_round_trip(tmp_path_factory, captions):
     folder = str(tmp_path_factory.mktemp("set"))
-    write_images(folder, iter(np.zeros((4, 2, 2, 3), np.uint8)), 2)
+    write_images(folder, iter(np.zeros((4, 2, 2, 3), np.uint8)))
     tokenizer = Tokenizer.train(["a dog"], 257)
     assume(any(tokenizer.encode(clean_caption(text)) for _, text in captions))
     splits = dict(train=[0, 1], val=[2], test=[3])

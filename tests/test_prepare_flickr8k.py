@@ -371,10 +371,10 @@ def test_failed_run_leaves_the_former_set_alone(given_set):
 
 def test_interrupted_writing_leaves_no_set_that_looks_whole(tmp_path):
     pictures = [np.zeros((2, 2, 3), np.uint8)]
-    prepared_set.write_images(tmp_path, pictures, 2)
+    prepared_set.write_images(tmp_path, pictures)
     prepared_set.write_set(tmp_path, ["a"], [(0, "x")], dict(train=[0], val=[], test=[]), BYTES,
                            dict(image_size=2))
-    prepared_set.write_images(tmp_path, pictures * 2, 2)                    # and killed here
+    prepared_set.write_images(tmp_path, pictures * 2)                    # and killed here
     with pytest.raises(UserError):
         data.CaptionSet(tmp_path)
 
@@ -511,7 +511,7 @@ def test_files_that_are_not_of_a_set_are_never_replaced(given_set, name):
 
 def test_run_that_was_killed_is_begun_again_and_two_at_once_are_refused(given_set):
     with pytest.raises(KeyboardInterrupt), prepared_set.set_folder(given_set.out):
-        prepared_set.write_images(given_set.out, [np.zeros((8, 8, 3), np.uint8)], 8)
+        prepared_set.write_images(given_set.out, [np.zeros((8, 8, 3), np.uint8)])
         with pytest.raises(UserError, match="another run is writing"):
             prepare(given_set, BYTES)
         raise KeyboardInterrupt                                     # and so is half of a set left
