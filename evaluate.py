@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
 from lib.images import normalize
 from lib.metrics import score
+from lib.prepared_set import SET_FILES
 from lib.records import read_json
 from lib.scenes import judge, read_scenes
 from model import VisionGPT
@@ -61,7 +63,7 @@ class EvaluateConfig(CaptionerConfig):
             figures.picture_format(self.grid)
         self.check_outputs([self.predictions or ""])
 
-    def check_outputs(self, inputs: list) -> None:
+    def check_outputs(self, inputs: Iterable) -> None:
         cli.check_outputs(self, "json", "save_predictions", pictures=["grid"], inputs=inputs)
 
 
@@ -108,7 +110,8 @@ def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str,
     trained = checkpoint.read_config(folder).get("training") or {}
     model = load_model(folder, config)
     data = CaptionSet(config.data or str(trained.get("data") or DATA), model.require_tokenizer())
-    config.check_outputs([*set_files(data), Path(folder, "config.json"), Path(folder, "tokenizer.json")])
+    config.check_outputs([*(Path(data.folder, name) for name in SET_FILES),
+                          Path(folder, "config.json"), Path(folder, "tokenizer.json")])
     images = data.split(config.split)[: config.limit or None]
     if config.shuffle_images and len(images) < 2:
         raise UserError("--shuffle-images needs at least two images")
@@ -126,18 +129,13 @@ def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str,
     return data, images, written
 
 
-def set_files(data: CaptionSet) -> list[Path]:
-    names = "images.bin tokens.bin index.npz captions.json meta.json tokenizer.json scenes.jsonl"
-    return [Path(data.folder, name) for name in names.split()]
-
-
 def read_predictions(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str, tuple]]:
     """What `run_model` returns, from a file with a list of Predictions.
 
     Raises UserError unless every image has one caption; only those past --limit may lack it.
     """
     file, data = config.predictions, CaptionSet(config.data or DATA)
-    config.check_outputs(set_files(data))
+    config.check_outputs(Path(data.folder, name) for name in SET_FILES)
     split = data.split(config.split)
     images = split[: config.limit or None]
     names = {name: i for i, name in enumerate(data.names)}

@@ -281,10 +281,9 @@ class VisionGPT(nn.Module):
 
     def save_pretrained(self, folder, dtype: torch.dtype | None = None, backbones: dict | None = None,
                         training: dict | None = None) -> None:
-        """Write a checkpoint folder: everything, or, given where the frozen backbones lie, the fusion alone.
+        """Write a checkpoint folder, cast to `dtype`; `training` is a summary kept in config.json.
 
-        `dtype` casts what is written (None: as it is); `backbones` is {"vit": file, "gpt2": file};
-        `training` is a summary kept in config.json.
+        Given the files of the frozen parts, `backbones` = {"vit": file, "gpt2": file}, the fusion alone.
         """
         folder, backbones = Path(folder), backbones or {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -294,7 +293,6 @@ class VisionGPT(nn.Module):
         checkpoint.write_tensors(file, tensors)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
-        backbones = {name: checkpoint.describe(file, folder) for name, file in backbones.items()}
         checkpoint.write_config(folder, asdict(self.config), training, backbones)
 
 

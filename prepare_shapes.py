@@ -130,8 +130,7 @@ def prepare(config: ShapesConfig) -> dict[str, int]:
     names = [f"{i:05}.png" for i in range(len(scenes))]
     with prepared_set.set_folder(config.out):
         prepared_set.write_images(config.out, pictures)
-        with cli.atomic(os.path.join(config.out, "scenes.jsonl")) as path, open(path, "w") as file:
-            file.writelines(json.dumps(scene) + "\n" for scene in scenes)
+        cli.write_text(os.path.join(config.out, "scenes.jsonl"), "\n".join(map(json.dumps, scenes)))
         prepared_set.write_set(config.out, names, texts, indices, tokenizer,
                                dict(image_size=config.image_size), counts=counts)
     return counts

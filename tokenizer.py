@@ -10,7 +10,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from lib.cli import UserError, atomic
+from lib.cli import UserError, write_text
 from lib.records import read_bytes, read_json
 
 END = "<|endoftext|>"
@@ -53,15 +53,14 @@ class Tokenizer:
         return self.encoding.decode([t for t in tokens if t != self.eos_id])
 
     def save(self, folder):
-        """Write `folder`/tokenizer.json: name, pattern, specials, the tokens in the order of their ranks."""
+        """Write `folder`/tokenizer.json, a TokenizerFile."""
         tokens = [base64.b64encode(t).decode() for t in sorted(self.ranks, key=self.ranks.get)]
         content = {"name": self.name, "pattern": PATTERN, "specials": {END: self.eos_id}, "ranks": tokens}
-        with atomic(Path(folder) / "tokenizer.json") as temporary:
-            Path(temporary).write_text(json.dumps(content))
+        write_text(Path(folder) / "tokenizer.json", json.dumps(content))
 
     @classmethod
     def load(cls, folder):
-        """Read `folder`/tokenizer.json. Raises UserError when it is missing or damaged."""
+        """Read `folder`/tokenizer.json. Raises UserError if it is missing or damaged."""
         file = Path(folder) / "tokenizer.json"
         try:
             content = read_json(TokenizerFile, file, LARGEST)
@@ -105,8 +104,7 @@ class Tokenizer:
     def train(cls, texts, vocab_size):
         """A byte-level BPE of at most `vocab_size` tokens, end token included (Sennrich et al. 2016).
 
-        Merges the most frequent pair again and again; of equals the one that is first in byte order, so that
-        the same texts always give the same tokens.
+        Of equally frequent pairs the first in byte order is merged: the same texts give the same tokens.
         """
         if vocab_size < 257:
             raise UserError(f"vocab_size is {vocab_size}, but 256 bytes and the end token need 257")

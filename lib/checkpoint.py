@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib import records
-from lib.cli import UserError, atomic
+from lib.cli import UserError, atomic, write_text
 from lib.hub import local_or_hub
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -182,8 +182,7 @@ def read_config(folder: str | Path) -> dict:
         config = records.read_json(dict, file)
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint folder: it has no config.json") from None
-    version = config.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version := config.get("format_version"), int) and version > FORMAT_VERSION:
         raise UserError(f"{folder} has format {version}, newer than the {FORMAT_VERSION} known here; "
                         "update the code")
     records.convert(CheckpointConfig, config, file)
@@ -239,14 +238,9 @@ def find_backbone(name: str, record: dict, folder: str | Path, weights: str | Pa
                     "make them with python convert_weights.py, or name their folder with --weights")
 
 
-def describe(file: str | Path, folder: str | Path) -> dict:
-    """What config.json records of a frozen backbone: file name, path relative to the checkpoint, hash."""
-    return {"file": Path(file).name, "path": os.path.relpath(file, folder),
-            "sha256": read_metadata(file).get("sha256")}
-
-
-def write_config(folder, model: dict, training: dict | None, backbones: dict) -> None:
-    """Write config.json of a checkpoint folder."""
-    config = {"format_version": FORMAT_VERSION, "model": model, "training": training, "backbones": backbones}
-    with atomic(Path(folder) / "config.json") as temporary:
-        Path(temporary).write_text(json.dumps(config, indent=1) + "\n")
+def write_config(folder: Path, model: dict, training: dict | None, backbones: dict[str, str | Path]) -> None:
+    """Write config.json of a checkpoint folder whose frozen `backbones` lie in these files."""
+    records = {name: {"file": Path(file).name, "path": os.path.relpath(file, folder),
+                      "sha256": read_metadata(file).get("sha256")} for name, file in backbones.items()}
+    config = {"format_version": FORMAT_VERSION, "model": model, "training": training, "backbones": records}
+    write_text(folder / "config.json", json.dumps(config, indent=1))

@@ -222,13 +222,13 @@ def atomic(path) -> Iterator[str]:
             os.remove(temporary)
 
 
-def write_text(path: str, text: str) -> None:
+def write_text(path: str | Path, text: str, end: str = "\n") -> None:
     """Write a file whole or not at all; "-" is stdout."""
     if path == "-":
         print(text)
         return
     with atomic(path) as temporary:
-        Path(temporary).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        Path(temporary).write_text(text + end, encoding="utf-8", errors="backslashreplace")
 
 
 def check_outputs(config, *texts: str, pictures: Iterable[str] = (), inputs: Iterable = ()) -> None:
@@ -255,6 +255,27 @@ def check_outputs(config, *texts: str, pictures: Iterable[str] = (), inputs: Ite
             if name in texts and b"\0" in held.read(4096):
                 raise UserError(f"{option} {file} would overwrite a picture or another binary file: "
                                 f"name another file, and the pictures before {option}")
+
+
+@contextlib.contextmanager
+def claim_folder(out: str, names: Iterable[str], mark: str, of: str, ours: bool) -> Iterator[list[str]]:
+    """Make `out` a folder that this process alone writes `names` into; gives those of them that are there.
+
+    Raises UserError when another process holds it, or when there are such files that are not `ours`: a file
+    `mark` says so too, of an earlier run. `of` tells in the error what they should belong to.
+    """
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"{out} is not a folder: name another with --out")
+    os.makedirs(out, exist_ok=True)
+    held, mark = [n for n in names if os.path.lexists(os.path.join(out, n))], os.path.join(out, mark)
+    if held and not (ours or os.path.exists(mark)):
+        raise UserError(f"{out} holds a file {held[0]} that would be replaced but is not of {of}: "
+                        "move it away, or name another folder with --out")
+    with open(mark, "w") as file:
+        lock(file, f"another run is writing {out}: wait for it, or name another folder with --out")
+        for rest in (rest for name in names for rest in Path(out).glob(f"{name}.[0-9]*.tmp")):
+            rest.unlink()                        # of a run that was killed while it was writing
+        yield held
 
 
 def lock(file: IO, refusal: str) -> None:

@@ -8,7 +8,6 @@ import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -73,26 +72,13 @@ def set_folder(out: str) -> Iterator[None]:
 
     Raises UserError if it holds files that would be replaced and are not of a set, or another run writes it.
     """
-    def present():
-        return [name for name in SET_FILES if os.path.lexists(os.path.join(out, name))]
-
-    try:
-        os.makedirs(out, exist_ok=True)
-    except FileExistsError:
-        raise UserError(f"{out} is a file; name a folder with --out") from None
-    unfinished = os.path.join(out, ".unfinished")                # says whose a set without meta.json is: ours
-    if present() and not os.path.exists(unfinished) and not set_origin(out):
-        raise UserError(f"{out} holds a file {present()[0]} that would be replaced but is not of a prepared "
-                        "set, or of a damaged one: move it away, or name another folder with --out")
-    with open(unfinished, "w") as file:
-        cli.lock(file, f"another run is writing {out}; wait for it, or name another folder with --out")
-        for name in SET_FILES:
-            for rest in Path(out).glob(f"{name}.*.tmp"):         # of a run that was killed
-                rest.unlink()
+    of, unfinished = "a prepared set, or of a damaged one", os.path.join(out, ".unfinished")
+    with cli.claim_folder(out, SET_FILES, ".unfinished", of, ours=set_origin(out) is not None):
         try:
             yield
-        finally:
-            if not present() or "meta.json" in present():
+        finally:                                                 # else the mark says that the rest is ours
+            held = [name for name in SET_FILES if os.path.lexists(os.path.join(out, name))]
+            if not held or "meta.json" in held:
                 os.remove(unfinished)
 
 
@@ -129,14 +115,15 @@ def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=
         tokens.tofile(path)
     with cli.atomic(os.path.join(out, "index.npz")) as path, open(path, "wb") as file:   # savez adds .npz
         np.savez(file, offset=offset, image=np.array([image for image, _ in captions], np.int32))
-    write_json(os.path.join(out, "captions.json"), texts)
     tokenizer.save(out)
-    write_json(os.path.join(out, "meta.json"), {
-        "format_version": FORMAT_VERSION, "source": source, "images": names,
-        "image_ids": list(range(len(names))) if image_ids is None else image_ids,
-        "splits": {name: [int(i) for i in splits[name]] for name in ("train", "val", "test")},
-        "preprocessing": {**preprocessing, "clean_captions": clean},
-        "counts": {**(counts or {}), "images": len(names), "captions": len(texts)}})
+    meta = {"format_version": FORMAT_VERSION, "source": source, "images": names,
+            "image_ids": list(range(len(names))) if image_ids is None else image_ids,
+            "splits": {name: [int(i) for i in splits[name]] for name in ("train", "val", "test")},
+            "preprocessing": {**preprocessing, "clean_captions": clean},
+            "counts": {**(counts or {}), "images": len(names), "captions": len(texts)}}
+    for name, content in (("captions.json", texts), ("meta.json", meta)):
+        # with ASCII escapes, as a lone surrogate in a text or name must survive
+        cli.write_text(os.path.join(out, name), json.dumps(content, indent=0))
 
 
 def encode_captions(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,11 +131,6 @@ def encode_captions(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray
     tokens = tokenizer.encode_batch(texts)
     packed = np.concatenate([np.array(ids, np.uint16) for ids in tokens] or [np.empty(0, np.uint16)])
     return packed, np.cumsum([0] + [len(ids) for ids in tokens], dtype=np.int64)
-
-
-def write_json(path, value):
-    with cli.atomic(path) as temporary, open(temporary, "w") as file:
-        json.dump(value, file, indent=0)      # ASCII escapes: a lone surrogate in a text or name must survive
 
 
 def damaged(folder: str, what: str) -> UserError:

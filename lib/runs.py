@@ -24,24 +24,14 @@ def run_folder(cfg):
     """The checkpoint folder, this run's alone within the context.
 
     Raises UserError when another run is in it, when it holds one that is neither resumed nor overwritten, or
-    files of such names that are not of a run: every run leaves .lock behind.
+    files of such names that are not of a run.
     """
-    out = Path(cfg.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is not a folder: name another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    held = [name for name in ALL_FILES if os.path.lexists(out / name)]
-    if held and not ((out / ".lock").exists() or cfg.resume and "training_state.pt" in held):
-        raise UserError(f"{out} holds {held[0]}, which is not of a training run: move it away, or name "
-                        "another --out")
-    with open(out / ".lock", "w") as file:
-        cli.lock(file, f"another run is training in {out}; wait for it, or name another folder with --out")
-        if any((out / name).exists() for name in RUN_FILES) and not (cfg.resume or cfg.overwrite):
-            raise UserError(f"{out} holds a run: continue it with --resume, throw it away with --overwrite, "
-                            f"or name another --out")
-        for rest in (rest for name in ALL_FILES for rest in out.glob(f"{name}.[0-9]*.tmp")):
-            rest.unlink()                                             # of a run killed while it was writing
-        yield out
+    resumed = cfg.resume and os.path.lexists(os.path.join(cfg.out, "training_state.pt"))
+    with cli.claim_folder(cfg.out, ALL_FILES, ".lock", "a training run", resumed) as held:
+        if not (cfg.resume or cfg.overwrite) and set(held) & set(RUN_FILES):
+            raise UserError(f"{cfg.out} holds a run: continue it with --resume, throw it away with "
+                            "--overwrite, or name another --out")
+        yield Path(cfg.out)
 
 
 class Log:
@@ -53,8 +43,7 @@ class Log:
             with contextlib.suppress(UserError):                      # the run was killed while it wrote
                 self.rows.append(records.parse_json(dict[str, int | float], line, file))
         self.rows = [row for row in self.rows if type(row.get("step")) is int and 0 <= row["step"] <= step]
-        with cli.atomic(file) as temporary:
-            Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        cli.write_text(file, "".join(json.dumps(row) + "\n" for row in self.rows), end="")
         self.file = open(file, "a")  # noqa: SIM115
         try:
             if cfg.tracker == "wandb":
