@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -57,15 +56,12 @@ class ConvertConfig:
     out: str | None = flag(None, "folder to write: weights, weights/vision-gpt or DIR-<dtype>", metavar="DIR")
     dtype: str = flag("auto", "dtype to store the tensors in; auto means float32", choices=cli.DTYPES)
     heads: int | None = flag(None, "attention heads, if the source does not tell", min=1, max=1000)
-    image_size: int | None = flag(None, "interpolate the ViT to images of this size", min=1, max=4096)
     check: str | None = flag(None, "show what the converted models make of this image", metavar="IMAGE")
 
     def __post_init__(self):
         cli.check_ranges(self)
         if sum(map(bool, (self.vit or self.gpt2, self.vision_gpt, self.checkpoint))) > 1:
             raise UserError("give only one of --vision-gpt, --checkpoint, or --vit and --gpt2")
-        if self.image_size and (self.vision_gpt or self.checkpoint or self.gpt2 and not self.vit):
-            raise UserError("--image-size only applies to converting a ViT")
 
 
 
@@ -116,8 +112,8 @@ def vit_sizes(tensors, source):
                 n_class=shape_of(tensors, "head.weight", (0, C))[0])
 
 
-def load_vit(path: str | Path, heads: int | None = None, image_size: int | None = None) -> tuple[ViT, str]:
-    """A ViT in any known format -> (ViT in float32, format's name). `image_size` interpolates positions."""
+def load_vit(path: str | Path, heads: int | None = None) -> tuple[ViT, str]:
+    """A ViT in any known format -> (ViT in float32, format's name)."""
     tensors, fmt, source, config = weight_formats.read_model(path, "ViT")
     if any(re.search(r"dist(illation)?_token", name) for name in source):
         raise UserError(f"{path} is a distilled DeiT, whose distillation token has no place here: "
@@ -128,24 +124,10 @@ def load_vit(path: str | Path, heads: int | None = None, image_size: int | None 
     if fmt.config is weight_formats.CLIP:                            # its patch embedding has no bias
         tensors["patch_embed.bias"] = torch.zeros(sizes["n_embd"])
     fields = weight_formats.vit_settings(fmt, source, config, sizes["image_size"], path) | sizes
-    fields["image_size"] = image_size or sizes["image_size"]
     fields["n_head"] = pick_heads(heads or fields.get("n_head"), sizes["n_embd"], VIT_HEADS, path)
     config = ViTConfig(**fields)
     config.transform = resize_transform(config.transform, config.image_size)
-    if config.image_size != sizes["image_size"] and "pos_embed" in tensors:
-        side = config.image_size // config.patch_size
-        if side > 256:
-            raise UserError(f"--image-size {image_size} makes {side} x {side} patches, more than 256 x 256")
-        tensors["pos_embed"] = interpolate_pos_embed(tensors["pos_embed"], side)
     return build_module(ViT, config, tensors, f"{path} ({fmt.name})"), fmt.name
-
-
-def interpolate_pos_embed(pos_embed: Tensor, side: int) -> Tensor:
-    """(1, 1 + g * g, C) -> (1, 1 + side * side, C): bicubic without antialias; the class token's stays."""
-    g, C = math.isqrt(pos_embed.shape[1] - 1), pos_embed.shape[2]
-    grid = pos_embed[:, 1:].reshape(1, g, g, C).permute(0, 3, 1, 2)                      # (1, C, g, g)
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=False)
-    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 def resize_transform(transform: dict, size: int) -> dict:
@@ -223,9 +205,8 @@ def eval_transform(image, config: ViTConfig) -> Tensor:
 def check_vit(vit: ViT, image):
     """Print the five most likely classes of an image."""
     if vit.head is None:
-        print("these ViT weights have no classification head")
-    else:
-        print_top5(vit.classify(eval_transform(image, vit.config))[0], "class {:<5}".format)
+        return print("these ViT weights have no classification head")
+    print_top5(vit.classify(eval_transform(image, vit.config))[0], "class {:<5}".format)
 
 
 @torch.inference_mode()
@@ -238,7 +219,6 @@ def check_gpt2(gpt2: GPT2, tokenizer: Tokenizer, text="A photo of a man riding a
 def print_top5(logits, label):
     for probability, index in zip(*(values.tolist() for values in logits.softmax(-1).topk(5))):
         print(f"{label(index)} {probability:8.2%}")
-
 
 
 def convert(settings: ConvertConfig):
@@ -259,7 +239,7 @@ def convert_backbones(settings, dtype):
         vit_path, gpt2_path, _ = (download_file(url, Path("downloads") / name, digest)
                                   for name, (url, digest) in DOWNLOADS.items())
     if vit_path:
-        vit, fmt = load_vit(local_or_hub(vit_path), settings.heads, settings.image_size)
+        vit, fmt = load_vit(local_or_hub(vit_path), settings.heads)
         write_backbone("vit", vit, fmt, out, dtype)
         if settings.check:
             check_vit(vit, settings.check)

@@ -210,10 +210,7 @@ class ImageInputs:
 
 def collate(data: CaptionSet, images: np.ndarray, inputs: ImageInputs, rng: np.random.Generator | None = None,
             limit: int | None = None) -> dict:
-    """Image indices -> a batch: pixels or features, and each image's captions packed into a row (B, T).
-
-    `numbers` are the indices, `count` the targets in the rows.
-    """
+    """Image indices -> a batch: pixels or features, and each image's captions packed into a row (B, T)."""
     captions = data.caption_tokens(images, limit, rng)
     # few different lengths: oneDNN compiles and keeps kernels for each
     tokens, targets, positions = pack_captions(captions, data.tokenizer.eos_id, multiple=4)

@@ -105,7 +105,7 @@ def caption_images(model: VisionGPT, data: CaptionSet, images: np.ndarray, seen:
 
 
 def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str, tuple]]:
-    """The set, its images, and {"real": what `caption_images` returns, "shuffled": the same as a control}."""
+    """The set, its images, and {"real": (texts, facts) of `caption_images`, "shuffled": a control}."""
     folder = checkpoint.find_checkpoint(config.checkpoint)
     trained = checkpoint.read_config(folder).get("training") or {}
     model = load_model(folder, config)
@@ -130,10 +130,7 @@ def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str,
 
 
 def read_predictions(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str, tuple]]:
-    """What `run_model` returns, from a file with a list of Predictions.
-
-    Raises UserError unless every image has one caption; only those past --limit may lack it.
-    """
+    """The same as `run_model`, from a file of Predictions; only images past --limit may lack a caption."""
     file, data = config.predictions, CaptionSet(config.data or DATA)
     config.check_outputs(Path(data.folder, name) for name in SET_FILES)
     split = data.split(config.split)

@@ -31,11 +31,9 @@ def pack(model: nn.Module, int8: bool = False, copies: bool = True) -> nn.Module
     """Swap the linear layers and the head of a model on the CPU for ones that use oneDNN; returns the model.
 
     The parameters and their names stay. With `copies` frozen weights are packed at first use, which takes
-    their memory again, else the head alone. To caption, call `fast.pack(model.requires_grad_(False))`.
-
-    With `int8` the weights of GPT-2 and cross-attention are rounded to 8 bits, with a scale for each output
-    row, while activations stay bfloat16, so that GPT-2's few very large channels cost nothing. Raises
-    UserError unless the model is in bfloat16 on the CPU.
+    their memory again, else the head alone. With `int8` the weights of GPT-2 and cross-attention are rounded
+    to 8 bits, with a scale per output row; activations stay bfloat16, so that GPT-2's few very large channels
+    cost nothing. Raises UserError for `int8` unless the model is in bfloat16 on the CPU.
     """
     first = next(model.parameters())
     if int8 and (first.device.type != "cpu" or first.dtype != torch.bfloat16):
@@ -82,10 +80,7 @@ class PackedEmbedding(TokenEmbedding):
 
 
 class PackedWeight:
-    """A weight and its transpose as a kernel wants them, kept as long as the weight does not change.
-
-    load_state_dict, `.to` and in-place changes are noticed, edits through `.data` are not.
-    """
+    """A weight and its transpose, packed for a kernel until the weight changes (but not by `.data`)."""
 
     def __init__(self, int8: bool, copies: bool):
         self.int8, self.copies, self.held = int8, copies, {}

@@ -16,7 +16,6 @@ from lib.cli import UserError, check_sizes
 @dataclass
 class GPT2Config:
     """GPT-2 small, 124M parameters."""
-
     vocab_size: int = 50257
     n_positions: int = 1024
     n_layer: int = 12
@@ -60,10 +59,7 @@ class KVCache:
 
 
 def packed_mask(positions: Tensor) -> Tensor:
-    """Positions (B, T) that restart at 0 with each text -> boolean attention mask (B, 1, T, T).
-
-    Causal within a text, and no attention across texts.
-    """
+    """Positions (B, T) that restart at 0 with each text -> mask (B, 1, T, T): causal, blind across texts."""
     text = (positions == 0).cumsum(1)                                                  # number of the text
     return (text[:, :, None] == text[:, None, :]).tril()[:, None]
 
@@ -134,9 +130,8 @@ class GPT2(nn.Module):
         """Tokens (B, T) at `positions` (B, T), by default past, past + 1 ... -> (B, T, C)."""
         if positions is not None:
             return self.wte(tokens) + self.wpe(positions)
-        end, most = past + tokens.shape[1], self.config.n_positions
-        if end > most:
-            raise UserError(f"{end} tokens are more than GPT-2's {most} positions")
+        if (end := past + tokens.shape[1]) > self.config.n_positions:
+            raise UserError(f"{end} tokens are more than GPT-2's {self.config.n_positions} positions")
         return self.wte(tokens) + self.wpe.weight[past:end]
 
     def logits(self, x: Tensor) -> Tensor:

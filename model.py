@@ -73,7 +73,7 @@ class VisionGPT(nn.Module):
 
     @property
     def eos_id(self) -> int:
-        """The token that starts and ends every caption: the last of the vocabulary, 50256 in GPT-2's."""
+        """The token that starts and ends every caption: the last of the vocabulary, 50256 for GPT-2."""
         return self.config.gpt2.vocab_size - 1
 
     @property
@@ -128,10 +128,7 @@ class VisionGPT(nn.Module):
 
     def loss(self, tokens: Tensor, visual: Tensor | None, targets: Tensor, positions: Tensor | None = None,
              label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
-        """`forward`'s loss without its logits: only real targets reach the head, chunk by chunk.
-
-        `reduction` "sum" leaves the division by the number of targets to the caller.
-        """
+        """`forward`'s loss without all logits: only targets reach the head. `reduction`: "mean" or "sum"."""
         x, head = self.hidden(tokens, self.cross_kv(visual), positions), self.gpt2.wte
         is_target = targets != -100
         if "gpt2" in self.frozen:
@@ -236,11 +233,9 @@ class VisionGPT(nn.Module):
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises UserError when there is none, or one of another size than the vocabulary."""
         if self.tokenizer is None:
-            raise UserError("this model has no tokenizer: put a tokenizer.json into its folder, "
-                            "or set model.tokenizer")
+            raise UserError("this model has no tokenizer: put a tokenizer.json into its folder")
         if self.tokenizer.vocab_size != self.eos_id + 1:
-            raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
-                            f"{self.eos_id + 1}: they do not match")
+            raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.eos_id + 1}")
         return self.tokenizer
 
     @classmethod
@@ -263,10 +258,10 @@ class VisionGPT(nn.Module):
         """
         folder, device = checkpoint.find_checkpoint(folder), pick_device(device)
         config = checkpoint.read_config(folder)
-        model = checkpoint.build_empty(cls, VisionGPTConfig, config.get("model"), folder)
+        model = checkpoint.build_empty(cls, VisionGPTConfig, config["model"], folder)
         if (folder / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.load(folder)
-        if config.get("backbones"):
+        if config["backbones"]:
             tensors = checkpoint.read_tensors(folder / "fusion.safetensors")
             for name, record in config["backbones"].items():
                 file = checkpoint.find_backbone(name, record, folder, weights)
@@ -299,8 +294,7 @@ class VisionGPT(nn.Module):
 def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
     """Initialise new parameters; LayerNorms and the fusion's linear layers keep PyTorch's own start.
 
-    The standard deviation is fan_in**-0.5 and not GPT-2's 0.02, with which models narrower than 768 start
-    with signals so small that they train slowly.
+    With GPT-2's 0.02 in place of fan_in**-0.5, models narrower than 768 train slowly.
     """
     table = {                                        # end of the name: standard deviation
         "vit.cls_token": config.vit.n_embd**-0.5,
@@ -328,10 +322,7 @@ def head_loss(x: Tensor, head, targets: Tensor, label_smoothing: float = 0.0) ->
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """`head_loss` with a frozen head: the gradient to x is formed in the forward pass, chunk by chunk.
-
-    No more than a chunk of logits ever exists.
-    """
+    """`head_loss` with a frozen head, in chunks: the gradient to x is formed in the forward pass."""
 
     @staticmethod
     def forward(ctx, x, head, targets, label_smoothing):

@@ -15,7 +15,6 @@ import collections
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 import sys
@@ -137,10 +136,7 @@ def first_few(names: list[str]) -> str:
 
 
 def decode(files: list[caption_formats.File], size: int) -> Iterator[np.ndarray | None]:
-    """Yield each file's picture, uint8 (S, S, 3), or None if it is unreadable, in order; on all cores.
-
-    Threads suffice, as Pillow releases Python's lock.
-    """
+    """Yield each file's picture, uint8 (S, S, 3), or None if it is unreadable, in order; on all cores."""
     cores, reading = os.cpu_count() or 1, threading.Lock()
 
     def work(file):
@@ -153,7 +149,7 @@ def decode(files: list[caption_formats.File], size: int) -> Iterator[np.ndarray 
 
 
 def collect(config: PrepareConfig) -> tuple[list[Entry], str, dict[str, list[str]]]:
-    """The images, what decided their splits, {reason: names} of what is skipped. UserError if that is all."""
+    """The images, what decided their splits, {reason: names} of the skipped. UserError if none is left."""
     pictures_path, caption_paths = find_sources(config)
     given, lists, pictures, broken = caption_formats.read_captions(
         [file for path in caption_paths for file in caption_formats.caption_files(path)])
@@ -190,22 +186,14 @@ def collect(config: PrepareConfig) -> tuple[list[Entry], str, dict[str, list[str
 
 
 def prepare(config: PrepareConfig, tokenizer: Tokenizer | None = None) -> str:
-    """Write the set described by `config`, by default in GPT-2's tokens, and return a summary.
-
-    Raises UserError if nothing can be used or GPT-2's tokenizer is not available.
-    """
+    """Write the set described by `config`, by default in GPT-2's tokens, and return a summary."""
     start = time.monotonic()
     images, origin, skipped = collect(config)
     if config.limit:
         images = first_images(images, config.limit)
-    content = [prepared_set.FORMAT_VERSION, config.image_size, config.raw_captions,
-               [image[:-1] + (image.file.stamp,) for image in images]]
-    source = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    if is_complete(config, source):
-        return f"{printable(config.out)} is complete and was made from the same files: nothing to do"
     tokenizer = tokenizer or Tokenizer.gpt2()                        # may fail, so before anything is written
     with prepared_set.set_folder(config.out):
-        counts = write_entries(config, images, skipped, tokenizer, source)
+        counts = write_entries(config, images, skipped, tokenizer)
     took, out = cli.clock(time.monotonic() - start), printable(config.out)
     return "\n  ".join([
         f"{out}: {counts['images']:,} images with {counts['captions']:,} captions, in {took}",
@@ -214,12 +202,11 @@ def prepare(config: PrepareConfig, tokenizer: Tokenizer | None = None) -> str:
 
 
 def write_entries(config: PrepareConfig, images: list[Entry], skipped: dict[str, list[str]],
-                  tokenizer: Tokenizer, source: str) -> dict[str, int]:
+                  tokenizer: Tokenizer) -> dict[str, int]:
     """Write the set, and return its counts. Pictures that cannot be read are added to `skipped`."""
-    kept = []                                                        # filled while the pictures are written
+    kept, decoded = [], decode([image.file for image in images], config.image_size)
 
     def readable():
-        decoded = decode([image.file for image in images], config.image_size)
         for image, picture in cli.progress(zip(images, decoded), "pictures", total=len(images)):
             if picture is not None:
                 kept.append(image)
@@ -235,17 +222,9 @@ def write_entries(config: PrepareConfig, images: list[Entry], skipped: dict[str,
     counts |= {"no split": len(kept) - sum(counts.values())}
     counts |= {reason: len(names) for reason, names in skipped.items() if names}
     prepared_set.write_set(config.out, [image.name for image in kept], captions, splits, tokenizer,
-                   dict(image_size=config.image_size), counts=counts, clean=not config.raw_captions,
-                   image_ids=ids if distinct else None, source=source)
+                           dict(image_size=config.image_size), counts=counts, clean=not config.raw_captions,
+                           image_ids=ids if distinct else None)
     return counts | {"images": len(kept), "captions": len(captions)}
-
-
-def is_complete(config: PrepareConfig, source: str) -> bool:
-    """Whether config.out holds a complete set that was made from the same files in the same way."""
-    origin, pixels = prepared_set.set_origin(config.out), os.path.join(config.out, "images.bin")
-    if origin is None or origin.source != source or not os.path.exists(pixels):
-        return False
-    return os.path.getsize(pixels) == len(origin.images) * config.image_size**2 * 3
 
 
 def main():

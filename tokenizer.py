@@ -22,7 +22,6 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 @dataclass
 class TokenizerFile:
     """tokenizer.json: the tokens, in base64, in the order of their ranks."""
-
     name: str
     pattern: str
     specials: dict[str, int]
@@ -64,41 +63,35 @@ class Tokenizer:
         file = Path(folder) / "tokenizer.json"
         try:
             content = read_json(TokenizerFile, file, LARGEST)
-            ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(content.ranks)}
-            if content.pattern != PATTERN or content.specials != {END: len(content.ranks)}:
-                raise ValueError("pattern and specials are not GPT-2's")
-            return cls(content.name, ranks)
         except FileNotFoundError:
             raise UserError(f"{file} is missing; it is written with the data, the weights and every "
                             "checkpoint. GPT-2's own comes from python convert_weights.py --gpt2 "
                             "FOLDER-WITH-merges.txt") from None
-        except UserError:
-            raise
+        if content.pattern != PATTERN or content.specials != {END: len(content.ranks)}:
+            raise UserError(f"{file} is damaged (pattern and specials are not GPT-2's); copy it again")
+        try:
+            ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(content.ranks)}
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); copy it again") from None
+        return cls(content.name, ranks)
 
     @classmethod
     def gpt2(cls, file=None):
-        """GPT-2's encoding: from `file` (merges.txt, vocab.bpe, .tiktoken), weights/, or as tiktoken finds.
-
-        Raises UserError when the tables are neither local nor to be downloaded.
-        """
+        """GPT-2's encoding: from `file` (merges.txt, vocab.bpe, .tiktoken), weights/, or through tiktoken."""
         if file is not None:
             ranks = _read_ranks(Path(file))
-        elif Path("weights/tokenizer.json").exists() and (converted := cls.load("weights")).name == "gpt2":
+            if len(ranks) != 50256:
+                raise UserError(f"{file} holds {len(ranks)} tokens, GPT-2 has 50256")
+            return cls("gpt2", ranks)
+        if Path("weights/tokenizer.json").exists() and (converted := cls.load("weights")).name == "gpt2":
             return converted
-        else:
-            try:
-                ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-            except Exception as error:                    # whatever the network stack below tiktoken raises
-                raise UserError(
-                    f"GPT-2's tokenizer tables could not be downloaded ({type(error).__name__}): "
-                    "convert GPT-2 first, from a folder with its merges.txt (python convert_weights.py "
-                    "--gpt2 FOLDER), set TIKTOKEN_CACHE_DIR to a filled tiktoken cache, or copy GPT-2's "
-                    "tokenizer.json into weights/") from None
-        if len(ranks) != 50256:
-            raise UserError(f"{file} holds {len(ranks)} tokens, GPT-2 has 50256")
-        return cls("gpt2", ranks)
+        try:
+            return cls("gpt2", tiktoken.get_encoding("gpt2")._mergeable_ranks)
+        except Exception as error:                        # whatever the network stack below tiktoken raises
+            raise UserError(
+                f"GPT-2's tokenizer tables could not be downloaded ({type(error).__name__}): convert GPT-2 "
+                "from a folder with its merges.txt (python convert_weights.py --gpt2 FOLDER), or set "
+                "TIKTOKEN_CACHE_DIR to a filled tiktoken cache") from None
 
     @classmethod
     def train(cls, texts, vocab_size):

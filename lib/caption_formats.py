@@ -43,7 +43,7 @@ MAX_LENGTH = 10_000                                  # characters of a caption o
 class File(typing.NamedTuple):
     path: str                     # within its folder or archive
     open: Callable
-    stamp: tuple                  # changes with the content
+    size: int
 
 
 class Caption(typing.NamedTuple):
@@ -74,8 +74,7 @@ def list_files(path: str) -> list[File]:
 
 
 def disk_file(path: str | Path, name: str | Path) -> File:
-    stat = os.stat(path)
-    return File(str(name), functools.partial(open, path, "rb"), (stat.st_size, stat.st_mtime_ns))
+    return File(str(name), functools.partial(open, path, "rb"), os.path.getsize(path))
 
 
 class ZipSource(io.FileIO):
@@ -97,7 +96,7 @@ def zip_members(path: str) -> list[File]:
         archive = zipfile.ZipFile(ZipSource(path))
     except ZIP_ERRORS as error:
         raise UserError(f"{path} is not a complete zip archive ({error}); copy it again") from None
-    return [File(info.filename, functools.partial(opened, info), (info.file_size, info.CRC))
+    return [File(info.filename, functools.partial(opened, info), info.file_size)
             for info in archive.infolist() if not info.is_dir()]
 
 
@@ -114,12 +113,12 @@ def basename(path: str) -> str:
 def read(file: File, largest: int = MAX_IMAGE_BYTES) -> bytes:
     """The content of a file. Raises UserError when it cannot be read or is larger than `largest` bytes."""
     try:
-        if file.stamp[0] <= largest:                                 # the size that it says it has
+        if file.size <= largest:                                     # the size that it says it has
             with file.open() as opened:
                 content = opened.read(largest + 1)
     except ZIP_ERRORS as error:
         raise UserError(f"cannot read {file.path}: {getattr(error, 'strerror', None) or error}") from None
-    if file.stamp[0] > largest or len(content) > largest:
+    if file.size > largest or len(content) > largest:
         raise UserError(f"{file.path} is too large: the limit is {largest >> 20} MB")
     return content
 
@@ -302,7 +301,7 @@ def parquet_rows(file: File, pictures: list) -> list[tuple]:
             for index, row in enumerate(table.read_row_group(group, list(columns)).to_pylist()):
                 image = f"{basename(file.path)}/{row.get('filename') or f'{len(rows):06}.jpg'}"
                 opened = functools.partial(parquet_picture, table, group, index)
-                pictures.append(File(image, opened, (len(rows), *file.stamp)))
+                pictures.append(File(image, opened, size=0))
                 rows.append((f"row {len(rows)}", {**row, "image": image}))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
         raise UserError(f"{file.path} is not a complete parquet file; download or copy it again") from None

@@ -1,5 +1,6 @@
 """Weights on disk: safetensors files with a config in their metadata, their hash, and checkpoint folders."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,10 +23,7 @@ LARGEST = 65504                    # float16 holds no more; the weights of a sou
 
 
 def write_tensors(file: str | Path, tensors: dict[str, Tensor], **metadata):
-    """Write named tensors to a safetensors file; each keyword becomes a JSON string in its metadata.
-
-    Raises UserError rather than write NaN. A checksum in the metadata tells `read_tensors` of any damage.
-    """
+    """Write named tensors to a safetensors file, each keyword as JSON in its metadata. UserError for NaN."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_finite(tensors, f"cannot write {file}")
     metadata = {key: json.dumps(value) for key, value in metadata.items() if key != "checksum"}
@@ -66,8 +64,7 @@ def read_metadata(file: str | Path) -> dict:
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, memory-mapped on the CPU.
 
-    Raises UserError unless they are what `write_tensors` wrote, by their checksum: files from before it had
-    one must hold finite numbers at least.
+    Raises UserError if they do not match the checksum, or, in older files without one, are not finite.
     """
     with open_safetensors(file) as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -80,9 +77,9 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """A hash of names, types, shapes, metadata and, of each tensor's bytes, the sum in words of eight.
+    """A hash of names, types, shapes, metadata and the sum of each tensor's bytes in words of eight.
 
-    Adding is as fast as memory, 15 times as fast as SHA-256: it finds damage at every start, not forgery.
+    Adding is 15 times as fast as SHA-256: it finds damage at every start, but no forgery.
     """
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -168,7 +165,6 @@ class BackboneRecord:
 @dataclass
 class CheckpointConfig:
     """config.json of a checkpoint folder."""
-
     format_version: int = field(metadata=dict(min=1))
     model: dict
     training: dict[str, str | int | float | bool | None] | None
@@ -190,22 +186,14 @@ def read_config(folder: str | Path) -> dict:
 
 
 def find_checkpoint(name: str | Path | None = None) -> Path:
-    """The folder of that name, or of the hub's repository, which is downloaded.
-
-    If none is named: the newest under out/ trained on photographs, the published model, assets/mini.
-    """
+    """The folder of that name, or the download of that repository; by default the newest in out/ trained on
+    photographs, the published model, or assets/mini."""
     if name:
         return local_or_hub(name)
-    trained = []
-    for file in Path("out").glob("*/config.json"):
-        try:
-            summary = read_config(file.parent).get("training") or {}
-        except UserError:
-            continue
-        if summary.get("photographs"):
-            trained.append((file.stat().st_mtime, file.parent))
-    if trained:
-        return max(trained)[1]
+    for file in sorted(Path("out").glob("*/config.json"), key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(UserError):
+            if (read_config(file.parent)["training"] or {}).get("photographs"):
+                return file.parent
     for folder in (Path("weights/vision-gpt"), ROOT / "weights/vision-gpt", ROOT / "assets/mini"):
         if (folder / "config.json").exists():
             return folder
@@ -221,19 +209,18 @@ def find_backbone(name: str, record: dict, folder: str | Path, weights: str | Pa
     """
     places = [Path(folder) / record["path"], *([Path(weights) / record["file"]] if weights else []),
               Path(folder).parent / "weights" / record["file"], Path("weights") / record["file"]]
-    files, damaged = [place for place in places if os.path.isfile(place)], None
-    for file in files:
+    problem = None
+    for file in filter(os.path.isfile, places):
         try:
             if record["sha256"] and read_metadata(file).get("sha256") == record["sha256"]:
                 return file
+            problem = problem or UserError(
+                f"{file} is not the {name} that {folder} was trained on (sha256 {str(record['sha256'])[:12]}"
+                "...): convert that one again with convert_weights.py, or name its folder with --weights")
         except UserError as error:                                   # another place may hold a whole one
-            damaged = error
-    if damaged:
-        raise damaged
-    if files:
-        raise UserError(f"{files[0]} is not the {name} that {folder} was trained on "
-                        f"(sha256 {str(record['sha256'])[:12]}...): convert that one again with "
-                        "convert_weights.py, or name its folder with --weights")
+            problem = error
+    if problem:
+        raise problem
     raise UserError(f"the {name} weights of {folder} are missing: looked for {', '.join(map(str, places))}; "
                     "make them with python convert_weights.py, or name their folder with --weights")
 

@@ -49,7 +49,7 @@ def check_ranges(config, limits: Callable = lambda f: (f.metadata.get("min"), f.
             continue
         least, most = -math.inf if low is None else low, math.inf if high is None else high
         if not least <= value <= most:                               # NaN is refused too
-            must = f"at least {low:,.12g}" if high is None else f"from {low:,.12g} to {high:,.12g}"
+            must = f"at least {low:.12g}" if high is None else f"from {low:.12g} to {high:.12g}"
             raise UserError(f"{field.name} is {value}, but must be {must}")
 
 
@@ -232,10 +232,9 @@ def write_text(path: str | Path, text: str, end: str = "\n") -> None:
 
 
 def check_outputs(config, *texts: str, pictures: Iterable[str] = (), inputs: Iterable = ()) -> None:
-    """Check the files that these fields of `config` name for texts and for pictures, before any work.
+    """Check before any work the files that these fields of `config` name for texts and for pictures.
 
-    Raises UserError if one cannot be written, if two are the same, if one is an input, or if a text would
-    replace something that is not text.
+    Raises UserError if one cannot be written, is named twice or an input, or a text would replace a picture.
     """
     inputs, taken = list(inputs), {}
     for name in [*texts, *pictures]:

@@ -15,20 +15,14 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "fusion.safetens
 
 
 @dataclass
-class RepositoryFile:
-    rfilename: str
-
-
-@dataclass
 class Repository:
     """What the hub's API says of a repository."""
-
     sha: str
-    siblings: list[RepositoryFile]
+    siblings: list[dict]
 
 
 def local_or_hub(path: str | Path) -> Path:
-    """`path`, or the download of the repository of that name if there is nothing of the kind on this disk."""
+    """`path`, or the download of the hub's repository of that name if nothing here is called so."""
     name = str(path)
     if not NAME.fullmatch(name) or os.path.lexists(name) or os.path.lexists(name.split("/")[0]):
         return Path(path)
@@ -36,9 +30,9 @@ def local_or_hub(path: str | Path) -> Path:
 
 
 def download_repository(name: str) -> Path:
-    """The folder downloads/`name` with what is of use in a repository: settings, weights, tokenizer tables.
+    """Download settings, weights and tokenizer tables of one revision into the folder downloads/`name`.
 
-    All files are of one revision, and a folder that is complete is not asked for again: delete it to update.
+    A complete folder is not asked for again: delete it to update.
     """
     folder = Path("downloads", name)
     complete, started = folder / "repository.json", folder / "repository.started.json"
@@ -46,7 +40,7 @@ def download_repository(name: str) -> Path:
         return folder
     download.download_file(f"{download.HUB}/api/models/{name}", started)
     repository = records.read_json(Repository, started, foreign=True)
-    held = {file.rfilename for file in repository.siblings}
+    held = {str(file.get("rfilename")) for file in repository.siblings}
     weights = next((file for file in WEIGHTS if file in held), None)
     if weights is None or not re.fullmatch("[0-9a-f]{40}", repository.sha):
         raise UserError(f"{download.HUB}/{name} holds no weights under a known name ({', '.join(WEIGHTS)})")
@@ -67,10 +61,7 @@ def download_repository(name: str) -> Path:
 
 
 def model_card(config: dict, training: dict, scores: dict) -> str:
-    """README.md of a stand-alone model: what the hub shows of it, and how it is used.
-
-    `config` is the model's, `training` the summary in config.json, `scores` what evaluate.py --json wrote.
-    """
+    """README.md of a stand-alone model, from its config, training summary and evaluate.py's scores."""
     gpt2, facts = config["gpt2"], ["library_name: pytorch", "pipeline_tag: image-to-text"]
     if "flickr8k" in f"{training.get('data')} {training.get('note')}".lower():       # for research alone
         facts += ["license: other", "license_name: flickr8k-terms", "datasets: [jxie/flickr8k]"]

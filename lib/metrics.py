@@ -8,8 +8,6 @@ import math
 import re
 from collections import Counter
 
-from lib.cli import UserError
-
 ABBREVIATIONS = r"""
     adj adm adv al ala alex apr ariz assn assoc asst atty aug ave bhd bldg blvd brig bros calif capt
     cf cie cmdr co col colo conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb
@@ -84,8 +82,7 @@ BRACKETS = str.maketrans({
 def tokenize(caption: str) -> list[str]:
     """The words coco-caption compares: "The dog's ball, isn't it?" -> the dog 's ball is n't it.
 
-    Brackets stay, as -lrb- and the like: coco-caption lowers the case before it looks for -LRB-. Each
-    caption is taken by itself, where the Java tokenizer may look at the next one after a final "b.".
+    Brackets stay, as -lrb- and the like: coco-caption lowers the case before it looks for -LRB-.
     """
     caption = re.sub("&(?:amp|lt|gt|quot|apos|nbsp);", lambda m: ENTITIES[m[0]], caption)
     caption = re.sub(r"’(?=(?i:[smdt]|ll|re|ve)\b)", "'", caption.translate(SPELLED))
@@ -97,14 +94,9 @@ def score(candidates: list[str], references: list[list[str]]) -> tuple[dict, dic
     """Score one caption per image against the reference captions of that image.
 
     Returns (corpus, per_image), a dict of floats and a dict of lists of floats, with Bleu_1 to Bleu_4 and
-    ROUGE_L (0 to 1) and CIDEr (0 to 10). Raises UserError when the lists do not match. CIDEr weighs an
-    n-gram by how few of these images it describes: it depends on the set, and is 0 for a single image.
+    ROUGE_L (0 to 1) and CIDEr (0 to 10). CIDEr weighs an n-gram by how few of these images it describes: it
+    depends on the set, and is 0 for a single image.
     """
-    if len(candidates) != len(references) or not candidates:
-        raise UserError(f"{len(candidates)} captions for {len(references)} images: each image needs one")
-    if not all(references):
-        missing = [bool(captions) for captions in references].index(False)
-        raise UserError(f"image {missing} (counted from 0) has no reference caption")
     words = [tokenize(caption) for caption in candidates]
     reference_words = [[tokenize(caption) for caption in captions] for captions in references]
     grams = [ngrams(w) for w in words]
@@ -128,10 +120,9 @@ def ngrams(words: list[str]) -> list[Counter]:
 
 
 def bleu_statistics(grams: list[Counter], references: list[list[Counter]]) -> list[int]:
-    """What BLEU sums over images: matching n-grams (n = 1 to 4), all n-grams, length, reference length.
+    """The sums of BLEU for an image: matching n-grams (n = 1 to 4), all n-grams, length, reference length.
 
-    Matches are clipped at the most that one reference has; the length is that of the reference
-    closest to the candidate's, the shorter of two equally close.
+    Matches are clipped at the most that one reference has; of two equally close lengths the shorter counts.
     """
     length = grams[0].total()
     matched = [sum(min(count, max(r[n][gram] for r in references)) for gram, count in grams[n].items())
@@ -153,10 +144,7 @@ def bleu(statistics: list[int]) -> list[float]:
 
 
 def rouge_l(words: list[str], references: list[list[str]]) -> float:
-    """ROUGE-L (Lin 2004), beta 1.2, of two token lists' longest common subsequence.
-
-    As in coco-caption, the best precision and the best recall may come from different references.
-    """
+    """ROUGE-L (Lin 2004), beta 1.2; best precision and best recall may come from different references."""
     words = words or [""]                                      # its split(" ") finds one word in ""
     references = [reference or [""] for reference in references]
     common = [longest_common(words, reference) for reference in references]
@@ -181,8 +169,7 @@ class CiderScorer:
     """CIDEr-D (Vedantam et al. 2015), sigma 6: 10 x the mean over n and references of an image.
 
     references: for each image, its reference captions as token lists. An n-gram weighs its count times
-    log(images / images with a reference that has it). As this is counted only once, any number of captions
-    can then be scored quickly, as for a reward in training.
+    log(images / images with a reference that has it), which is counted once for any number of captions.
     """
 
     def __init__(self, references: list[list[list[str]]]):

@@ -40,8 +40,7 @@ class Preprocessing:
 
 @dataclass
 class SetMeta:
-    """meta.json; `source` and `counts` say what the set was made from."""
-
+    """meta.json; `counts` is what the summary said, `source` comes from former versions."""
     format_version: int = field(metadata=dict(min=1))
     images: list[str]
     image_ids: list[int] | list[str]
@@ -68,10 +67,7 @@ def set_origin(folder: str) -> SetMeta | None:
 
 @contextlib.contextmanager
 def set_folder(out: str) -> Iterator[None]:
-    """Make `out` the folder of a set that is written within the context.
-
-    Raises UserError if it holds files that would be replaced and are not of a set, or another run writes it.
-    """
+    """Make `out` the folder of the set that is written within it. Raises what `cli.claim_folder` does."""
     of, unfinished = "a prepared set, or of a damaged one", os.path.join(out, ".unfinished")
     with cli.claim_folder(out, SET_FILES, ".unfinished", of, ours=set_origin(out) is not None):
         try:
@@ -83,7 +79,7 @@ def set_folder(out: str) -> Iterator[None]:
 
 
 def write_images(out, pictures):
-    """Begin the set in folder `out`: stream uint8 (S, S, 3) arrays to images.bin, and return their number.
+    """Begin a set: stream uint8 (S, S, 3) arrays to images.bin, and return their number.
 
     A former set stays until the last picture has come. Raises UserError when no picture comes.
     """
@@ -101,13 +97,13 @@ def write_images(out, pictures):
     return count
 
 
-def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=None, counts=None, clean=True,
-              source=None):
+def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=None, counts=None,
+              clean=True):
     """Complete the set begun by `write_images`: captions, tokens, splits, and last of all meta.json.
 
     names: one per picture; captions: (picture index, source text) pairs, no text blank; splits: {"train",
     "val", "test": picture indices}; preprocessing: at least image_size; clean: the tokens are those of
-    `clean_caption(text)`; counts and source say what the set was made from.
+    `clean_caption(text)`; counts: what the summary said.
     """
     texts = [text for _, text in captions]
     tokens, offset = encode_captions(tokenizer, [clean_caption(text) if clean else text for text in texts])
@@ -116,7 +112,7 @@ def write_set(out, names, captions, splits, tokenizer, preprocessing, image_ids=
     with cli.atomic(os.path.join(out, "index.npz")) as path, open(path, "wb") as file:   # savez adds .npz
         np.savez(file, offset=offset, image=np.array([image for image, _ in captions], np.int32))
     tokenizer.save(out)
-    meta = {"format_version": FORMAT_VERSION, "source": source, "images": names,
+    meta = {"format_version": FORMAT_VERSION, "images": names,
             "image_ids": list(range(len(names))) if image_ids is None else image_ids,
             "splits": {name: [int(i) for i in splits[name]] for name in ("train", "val", "test")},
             "preprocessing": {**preprocessing, "clean_captions": clean},

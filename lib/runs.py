@@ -21,11 +21,8 @@ ALL_FILES = (*RUN_FILES, "tokenizer.json", "log.jsonl", "loss.png", "samples.png
 
 @contextlib.contextmanager
 def run_folder(cfg):
-    """The checkpoint folder, this run's alone within the context.
-
-    Raises UserError when another run is in it, when it holds one that is neither resumed nor overwritten, or
-    files of such names that are not of a run.
-    """
+    """The checkpoint folder, for this run alone. Raises UserError as `cli.claim_folder` does, or if it holds a
+    run that is neither resumed nor overwritten."""
     resumed = cfg.resume and os.path.lexists(os.path.join(cfg.out, "training_state.pt"))
     with cli.claim_folder(cfg.out, ALL_FILES, ".lock", "a training run", resumed) as held:
         if not (cfg.resume or cfg.overwrite) and set(held) & set(RUN_FILES):
@@ -77,10 +74,7 @@ class Log:
 
 @contextlib.contextmanager
 def stop_signal():
-    """Within it, Ctrl-C and SIGTERM only fill the list it gives: the step is finished and saved first.
-
-    A second one stops at once.
-    """
+    """Let Ctrl-C and SIGTERM fill the list it gives, so that the step is saved first; twice stops at once."""
     asked = []
 
     def ask(number, frame):

@@ -35,7 +35,6 @@ FILTER = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 @dataclass
 class TimmConfig:
     """pretrained_cfg in timm's config.json."""
-
     mean: RGB = field(metadata=MEAN)
     std: RGB = field(metadata=STD)
     crop_pct: float = field(metadata=dict(min=0.1, max=1))
@@ -46,7 +45,6 @@ class TimmConfig:
 @dataclass
 class Preprocessor:
     """Hugging Face's preprocessor_config.json."""
-
     image_mean: RGB | None = field(default=None, metadata=MEAN)
     image_std: RGB | None = field(default=None, metadata=STD)
     size: int | dict[str, int] | None = field(default=None, metadata=SIDE)
@@ -62,7 +60,6 @@ class Preprocessor:
 @dataclass
 class SourceConfig:
     """What is of use in config.json, hparams.json or a training run's checkpoint, under its name there."""
-
     n_head: int | None = field(default=None, metadata=LAYERS)                    # of GPT-2
     n_heads: int | None = field(default=None, metadata=LAYERS)                   # the published Vision-GPT
     layer_norm_epsilon: float = field(default=1e-5, metadata=EPS)
@@ -78,9 +75,9 @@ class SourceConfig:
     wrapper: str | None = None                               # the last dict in the file that was unwrapped
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], SourceConfig]:
-    """A file or folder -> its tensors by name, and what config files and the file itself say of the model.
+    """A file or folder -> its tensors by name, and its SourceConfig.
 
-    Raises UserError for what is missing, damaged, holds code or no tensors.
+    Raises UserError if they are missing or damaged, or hold code or no tensors.
     """
     files = find_weight_files(Path(path))
     folder, content, config = files[0].parent, {}, {}

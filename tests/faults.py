@@ -152,23 +152,26 @@ def fresh(base):
     return folder
 
 
-def kill_train(base, number, seconds, wanted):
-    """Kill a run at a random moment, then resume it -> not tried, resumed, or what is wrong."""
-    fresh(base)
-    pid = start(TRAIN, "log")
+def kill(args, number, seconds):
+    """Kill a run at a random moment -> its status, and what is wrong already or that it was not tried."""
+    pid = start(args, "log")
     time.sleep(random.uniform(0, seconds))
     os.kill(pid, number)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status == 0:
-        return "not tried"
-    if "Traceback" in Path("log").read_text():
-        return f"traceback: {Path('log').read_text()[-300:]}"
-    if (
-        number != signal.SIGKILL
-        and Path("run").exists()
-        and list(Path("run").glob("*.tmp"))
-        and status != -number
-    ):
+        return status, "not tried"
+    text = Path("log").read_text()
+    return status, f"traceback: {text[-300:]}" if "Traceback" in text else None
+
+
+def kill_train(base, number, seconds, wanted):
+    """Kill a run at a random moment, then resume it -> not tried, resumed, or what is wrong."""
+    fresh(base)
+    status, ended = kill(TRAIN, number, seconds)
+    if ended:
+        return ended
+    left = Path("run").exists() and list(Path("run").glob("*.tmp"))
+    if number != signal.SIGKILL and left and status != -number:
         return "a temporary file was left"
     if Path("run").exists() and (bad := half_written("run")):
         return f"half written: {bad}"
@@ -181,14 +184,9 @@ def kill_train(base, number, seconds, wanted):
 
 def kill_prepare(base, number, seconds, wanted):
     fresh(base)
-    pid = start(PREPARE, "log")
-    time.sleep(random.uniform(0, seconds))
-    os.kill(pid, number)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status == 0:
-        return "not tried"
-    if "Traceback" in Path("log").read_text():
-        return f"traceback: {Path('log').read_text()[-300:]}"
+    _, ended = kill(PREPARE, number, seconds)
+    if ended:
+        return ended
     if Path("set/meta.json").exists():
         CaptionSet("set")  # a set that is there is whole
     if run(PREPARE):
@@ -327,12 +325,12 @@ def main():
         note("two runs of train.py", two_runs(base, TRAIN, "run", wanted["run"]))
         note("two runs of prepare_flickr8k.py", two_runs(base, PREPARE, "set", wanted["set"]))
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-            for script, kill, final in (
+            for script, kill_run, final in (
                 ("train.py", kill_train, "run"),
                 ("prepare_flickr8k.py", kill_prepare, "set"),
             ):
                 for _ in range(args.kills):
-                    note(f"{script} {number.name}", kill(base, number, seconds[final], wanted[final]))
+                    note(f"{script} {number.name}", kill_run(base, number, seconds[final], wanted[final]))
                     shutil.rmtree(os.getcwd())
     except KeyboardInterrupt:
         print("interrupted: what was tried so far")

@@ -254,30 +254,6 @@ def test_torchscript_reader_runs_nothing_of_the_archive(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_image_size_interpolates_the_positions_but_the_class_tokens():
-    """Bicubic, no antialias, corners not aligned; checked against the kernel written out, a = -0.75."""
-    small, _ = load_vit(FIXTURES / "timm.pth", heads=3)
-    large, _ = load_vit(FIXTURES / "timm.pth", heads=3, image_size=20)
-    assert large.config.image_size == 20 and large.config.transform["crop"] == 20
-    assert large(torch.zeros(1, 3, 20, 20)).shape == (1, 26, 12)
-
-    def weight(t, a=-0.75):
-        t = abs(t)
-        near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * (t**3 - 5 * t**2 + 8 * t - 4)
-        return near if t <= 1 else far if t < 2 else 0
-
-    resample = torch.zeros(5, 2)
-    for i in range(5):
-        at = (i + 0.5) * 2 / 5 - 0.5
-        for j in range(math.floor(at) - 1, math.floor(at) + 3):
-            resample[i, min(max(j, 0), 1)] += weight(at - j)
-    grid = torch.einsum("yi,xj,ijc->yxc", resample, resample, small.pos_embed[0, 1:].view(2, 2, 12))
-    torch.testing.assert_close(large.pos_embed[0, 1:], grid.reshape(25, 12), atol=1e-5, rtol=0)
-    assert torch.equal(large.pos_embed[:, 0], small.pos_embed[:, 0])
-    with pytest.raises(UserError, match="multiple of patch_size"):
-        load_vit(FIXTURES / "timm.pth", heads=3, image_size=21)
-
-
 @pytest.mark.parametrize("transform, size, wanted", [
     (dict(resize=256, crop=224, filter="bilinear"), 224, (256, 224)),
     (dict(resize=256, crop=224, filter="bilinear"), 112, (128, 112)),
@@ -683,7 +659,7 @@ def test_tensorflow_damage_is_found(tmp_path, damage):
 
 
 @pytest.mark.parametrize("options", [
-    dict(vit="a", checkpoint="b"), dict(vision_gpt="a", checkpoint="b"), dict(gpt2="a", image_size=384),
+    dict(vit="a", checkpoint="b"), dict(vision_gpt="a", checkpoint="b"),
     dict(heads=0)])
 def test_flags_that_do_not_go_together_are_refused(options):
     with pytest.raises(UserError):
