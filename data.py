@@ -27,11 +27,15 @@ class CaptionSet:
 
     def __init__(self, folder, tokenizer=None):
         self.folder = folder
-        meta = self._need(read_meta, folder)
+        try:
+            meta = read_meta(folder)
+            self.captions = records.read_json(list[str], os.path.join(folder, "captions.json"))
+        except FileNotFoundError:
+            raise UserError(f"{folder} is not a prepared dataset: make one with python prepare_flickr8k.py "
+                            "or prepare_shapes.py, and name it with --data") from None
         self.names, self.image_ids = meta.images, meta.image_ids
         self.splits = {name: np.array(images, dtype=np.int64) for name, images in asdict(meta.splits).items()}
         self.preprocessing, size = asdict(meta.preprocessing), meta.preprocessing.image_size
-        self.captions = self._need(records.read_json, list[str], os.path.join(folder, "captions.json"))
         own, N = Tokenizer.load(folder), len(meta.images)
         pixels = read_array(folder, "images.bin", np.uint8, N * size * size * 3)
         self.images = pixels.reshape(N, size, size, 3)
@@ -53,14 +57,6 @@ class CaptionSet:
         order = np.argsort(self.image_of, kind="stable")
         bounds = np.searchsorted(self.image_of[order], np.arange(1, N))
         self.captions_of = np.split(order, bounds)                     # caption indices of each image
-
-    def _need(self, read, *args):
-        """What a reader of a JSON file returns; where the file is missing, UserError with what to do."""
-        try:
-            return read(*args)
-        except FileNotFoundError:
-            raise UserError(f"{self.folder} is not a prepared dataset: make one with python "
-                            f"prepare_flickr8k.py or prepare_shapes.py, and name it with --data") from None
 
     def split(self, name):
         """Indices of a split's images that have captions. Raises UserError when there are none."""

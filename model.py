@@ -235,7 +235,8 @@ class VisionGPT(nn.Module):
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: put a tokenizer.json into its folder")
         if self.tokenizer.vocab_size != self.eos_id + 1:
-            raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.eos_id + 1}")
+            size = self.tokenizer.vocab_size
+            raise UserError(f"the tokenizer has {size} tokens, the model {self.eos_id + 1}")
         return self.tokenizer
 
     @classmethod

@@ -1,10 +1,9 @@
 """What bench.py compares Vision-GPT with: the original notebook's way, and Hugging Face's captioner.
 
 The original is the notebook that the published checkpoint comes from (Gurumurthy30/multimodal-gpt2-demo on
-GitHub, v1). It computes the same function, and what makes it slow is kept: the ViT runs for every word and
-every caption, no keys and values are cached, training pads captions to 256 tokens and computes the logits of
-all, queries, keys and values are projected one by one, GPT-2's attention, LayerNorm and GELU are made of
-elementwise operations, and the frozen GPT-2 has dropout too.
+GitHub, v1), with what makes it slow: the ViT runs for every word and every caption, nothing is cached,
+training pads captions to 256 tokens and computes all their logits, GPT-2 is made of elementwise operations,
+and has dropout though it is frozen.
 """
 
 import math

@@ -64,25 +64,22 @@ def wrap(text: str, face, width: float) -> list[str]:
 def contact_sheet(images: list[Image.Image], texts: list[str], columns: int = 4, tile: int = 224,
                   size: int = 15) -> Image.Image:
     """PIL images, scaled to fit `tile` pixels, with the text of each wrapped below it."""
-    images = [fit(image, tile) for image in images]
-    faces = [font(size, text.isascii()) for text in texts]
-    lines = [wrap(text[:2000], face, tile) for text, face in zip(texts, faces)]
-    step = round(size * 1.3)
-    rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
-    heights = [max(images[i].height for i in row) for row in rows]
-    texts_high = [step * max(len(lines[i]) for i in row) for row in rows]
+    rows, step = [], round(size * 1.3)
     width = GAP + (tile + GAP) * max(1, min(columns, len(images)))
-    sheet = Image.new("RGB", (width, GAP + sum(heights) + sum(texts_high) + 2 * GAP * len(rows)), PAPER)
-    canvas = ImageDraw.Draw(sheet)
-    y = GAP
-    for row, height, text_high in zip(rows, heights, texts_high):
-        for column, i in enumerate(row):
+    for start in range(0, len(images), columns):
+        shown = [fit(image, tile) for image in images[start : start + columns]]
+        faces = [font(size, text.isascii()) for text in texts[start : start + columns]]
+        lines = [wrap(text[:2000], face, tile) for text, face in zip(texts[start:], faces)]
+        height = max(image.height for image in shown)
+        row = Image.new("RGB", (width, GAP + height + step * max(map(len, lines)) + GAP), PAPER)
+        canvas = ImageDraw.Draw(row)
+        for column, (image, face, text) in enumerate(zip(shown, faces, lines)):
             x = GAP + column * (tile + GAP)
-            sheet.paste(images[i], (x + (tile - images[i].width) // 2, y + height - images[i].height))
-            for n, line in enumerate(lines[i]):
-                canvas.text((x + tile / 2, y + height + GAP / 2 + n * step), line, INK, faces[i], anchor="ma")
-        y += height + text_high + 2 * GAP
-    return sheet
+            row.paste(image, (x + (tile - image.width) // 2, GAP + height - image.height))
+            for n, line in enumerate(text):
+                canvas.text((x + tile / 2, 1.5 * GAP + height + n * step), line, INK, face, anchor="ma")
+        rows.append(row)
+    return stack(rows)
 
 
 def fit(image: Image.Image, tile: int) -> Image.Image:

@@ -55,27 +55,22 @@ def is_url(source: str) -> bool:
 
 
 def load_source(source: str) -> Image.Image:
-    """What `load_image` gives, of a path, a URL or - for stdin. Raises UserError if it cannot be read."""
-    if source != "-" and not is_url(source):
-        return load_image(source)
-    try:
-        return load_image(read_stream(source))
-    except UserError as error:
-        raise UserError(str(error).replace("picture:", f"picture {source}:", 1)) from None
-
-
-def read_stream(source: str) -> io.BytesIO:
-    """A picture from stdin or a URL as a file. Raises UserError if it is too large, too slow or not there."""
+    """`load_image` of a path, a URL or - for stdin. Raises UserError if it is too large or cannot be read."""
     stdin = source == "-"
+    if not stdin and not is_url(source):
+        return load_image(source)
     limit = MAX_IMAGE_BYTES if stdin else MAX_URL_BYTES
     try:
         content = sys.stdin.buffer.read(limit + 1) if stdin else with_deadline(DEADLINE, download, source)
         if not 0 < len(content) <= limit:
-            raise UserError(f"it has more than {limit >> 20} MB" if content else "it is empty")
+            raise ValueError(f"it has more than {limit >> 20} MB" if content else "it is empty")
+        return load_image(io.BytesIO(content))
+    except UserError as error:
+        raise UserError(str(error).replace("picture:", f"picture {source}:", 1)) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if type(error) is urllib.error.URLError else error
-        raise UserError(f"cannot read the picture: {getattr(reason, 'strerror', None) or reason}") from None
-    return io.BytesIO(content)
+        reason = getattr(reason, "strerror", None) or reason
+        raise UserError(f"cannot read the picture {source}: {reason}") from None
 
 
 def download(url: str) -> bytes:

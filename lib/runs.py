@@ -21,8 +21,8 @@ ALL_FILES = (*RUN_FILES, "tokenizer.json", "log.jsonl", "loss.png", "samples.png
 
 @contextlib.contextmanager
 def run_folder(cfg):
-    """The checkpoint folder, for this run alone. Raises UserError as `cli.claim_folder` does, or if it holds a
-    run that is neither resumed nor overwritten."""
+    """The checkpoint folder, for this run alone. Raises what `cli.claim_folder` does, and UserError for a run
+    that is neither resumed nor overwritten."""
     resumed = cfg.resume and os.path.lexists(os.path.join(cfg.out, "training_state.pt"))
     with cli.claim_folder(cfg.out, ALL_FILES, ".lock", "a training run", resumed) as held:
         if not (cfg.resume or cfg.overwrite) and set(held) & set(RUN_FILES):

@@ -74,6 +74,7 @@ class SourceConfig:
     preprocessor: Preprocessor | None = None                                     # ours from here
     wrapper: str | None = None                               # the last dict in the file that was unwrapped
 
+
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], SourceConfig]:
     """A file or folder -> its tensors by name, and its SourceConfig.
 
