@@ -158,29 +158,29 @@ def caption_files(path: str) -> list[File]:
 
 def match_pictures(names: Iterable[str], pictures: list[File]) -> dict[str, list[File]]:
     """{name: the files it may refer to}: one, none, or several if that is unclear."""
-    by_path, by_name = collections.defaultdict(list), collections.defaultdict(list)
+    by_name = collections.defaultdict(list)
     for file in pictures:
-        by_path[file.path].append(file)
         by_name[basename(file.path)].append(file)
-    found = {name: by_path[name] or longest_match(name, by_name[basename(name)]) for name in names}
-    copies = {n for n, files in found.items() if 1 < len(files) < 10 and len(set(map(digest, files))) == 1}
-    return {name: files[:1] if name in copies else files for name, files in found.items()}
+    return {name: longest_match(name, by_name[basename(name)]) for name in names}
 
 
-def digest(file: File) -> bytes | None:
-    with contextlib.suppress(UserError):
-        return hashlib.sha256(read(file)).digest()
+def longest_match(name: str, files: list[File]) -> list[File]:
+    """The files whose path agrees with `name` from the end back, or one of them if they are copies.
 
-
-def longest_match(image: str, files: list[File]) -> list[File]:
-    """The files whose path agrees with `image` from the end back: cats/1.jpg never means dogs/1.jpg."""
-    parts, fits = image.split("/"), collections.defaultdict(list)
+    cats/1.jpg never means dogs/1.jpg.
+    """
+    parts, fits = name.split("/"), collections.defaultdict(list)
     for file in files:
         other = file.path.split("/")
         common = min(len(parts), len(other))
         if parts[-common:] == other[-common:]:
-            fits[common].append(file)
-    return fits[max(fits)] if fits else []
+            fits[common, other == parts].append(file)
+    found = fits[max(fits)] if fits else []
+    if 1 < len(found) < 10:
+        with contextlib.suppress(UserError):
+            if len({hashlib.sha256(read(file)).digest() for file in found}) == 1:
+                return found[:1]
+    return found
 
 
 def read_captions(files: list[File]) -> tuple[list[Caption], dict, list[File], list[str]]:

@@ -59,7 +59,7 @@ def download_file(url: str, path: str | Path, sha256: str | None = None, md5: st
 
 
 def read_tag(file: Path) -> str:
-    """Which version of a file its partial download is, as the server named it, or nothing."""
+    """The version of a file of which its partial download is, as the server named it, or nothing."""
     return file.read_text() if file.exists() else ""
 
 
@@ -103,10 +103,10 @@ def receive_once(url, file, label) -> bool:
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        if error.headers.get("Content-Range") == f"bytes */{held}":  # there is nothing beyond what is held
-            return True
-        file.truncate(file.seek(0))                                  # what is held is no part of it
-        return False
+        whole = error.headers.get("Content-Range") == f"bytes */{held}"
+        if not whole:                                                # what is held is no part of it
+            file.truncate(file.seek(0))
+        return whole
     except (ValueError, http.client.InvalidURL) as error:
         raise UserError(str(error)) from None
     with response:

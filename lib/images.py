@@ -19,7 +19,7 @@ from PIL import Image
 from lib import records
 from lib.cli import UserError, printable
 
-# What is read from others, and how much of it. Decoding takes up to 17 bytes a pixel: all the pictures that
+# What is read from others, and how much of it. Decoding takes up to 17 bytes per pixel: all the pictures that
 # are being decoded at the same time take 1.1 GB at most.
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]     # with MPO; not PostScript, which is a program
 FORMATS += ["AVIF"] * bool(importlib.util.find_spec("PIL.AvifImagePlugin"))         # Pillow has it since 11.3
@@ -32,7 +32,7 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,   
            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
            7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError)
-warnings.filterwarnings("ignore", module=r"PIL\.")      # one line a picture: the error that it ends in
+warnings.filterwarnings("ignore", module=r"PIL\.")      # the error alone is the one line per picture
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 with contextlib.suppress(OSError, AttributeError):      # of libtiff, unless it is a part of Pillow's own file
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)

@@ -59,17 +59,14 @@ def read_meta(folder: str) -> SetMeta:
     return records.convert(SetMeta, content, file)
 
 
-def set_origin(folder: str) -> SetMeta | None:
-    """meta.json of the set in a folder; None if there is no complete set."""
-    with contextlib.suppress(UserError, OSError):
-        return read_meta(folder)
-
-
 @contextlib.contextmanager
 def set_folder(out: str) -> Iterator[None]:
     """Make `out` the folder of the set that is written within it. Raises what `cli.claim_folder` does."""
-    of, unfinished = "a prepared set, or of a damaged one", os.path.join(out, ".unfinished")
-    with cli.claim_folder(out, SET_FILES, ".unfinished", of, ours=set_origin(out) is not None):
+    ours, unfinished = None, os.path.join(out, ".unfinished")
+    with contextlib.suppress(UserError, OSError):
+        ours = read_meta(out)
+    of = "a prepared set, or of a damaged one"
+    with cli.claim_folder(out, SET_FILES, ".unfinished", of, ours is not None):
         try:
             yield
         finally:                                                 # else the mark says that the rest is ours

@@ -257,7 +257,7 @@ PATH = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join)
 
 @given(PATH, st.lists(PATH, unique=True, max_size=6))
 def test_matching_pictures_agree_with_the_image_as_far_as_both_paths_go(image, paths):
-    files = [File(path, lambda path=path: io.BytesIO(path.encode()), (0,)) for path in paths]
+    files = [File(path, lambda path=path: io.BytesIO(path.encode()), 0) for path in paths]
     found = [file.path for file in match_pictures([image], files)[image]]
     assert all(f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}") for path in found)
     fits = [path for path in paths if f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}")]
