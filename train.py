@@ -7,14 +7,12 @@
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +27,11 @@ import prepare_shapes
 from data import CaptionSet, ImageInputs, collate, epoch_batches, load_ahead, pin, to_device
 from decoding import DecodingConfig
 from gpt2 import GPT2Config
-from lib import checkpoint, cli, figures, records
+from lib import checkpoint, cli, figures
 from lib.cli import UserError, flag
-from lib.metrics import CiderScorer, score, tokenize
+from lib.metrics import Reward, score
 from lib.prepared_set import clean_caption
-from lib.runs import RUN_FILES, Log, cpu_threads, peak_memory, run_folder, stop_signal
+from lib.runs import RUN_FILES, Log, TrainState, cpu_threads, peak_memory, read_state, run_folder, stop_signal
 from lib.scenes import judge, read_scenes
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
@@ -151,7 +149,7 @@ def resolve_config(given: dict) -> tuple[TrainConfig, dict | None]:
     """The flags of the command line -> the settings of the run, and the saved state to resume or None."""
     rewarded = SELF_CRITICAL if given.get("self_critical") else {}
     cfg = TrainConfig(**{**PRESETS[given.get("preset", "flickr8k")], **rewarded, **given})
-    saved = TrainState.read(Path(cfg.out) / "training_state.pt") if cfg.resume else None
+    saved = read_state(Path(cfg.out) / "training_state.pt", TrainConfig) if cfg.resume else None
     if saved is None:
         return cfg, None
     for name, value in given.items():
@@ -171,7 +169,12 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
     if cfg.init_from:
         model = VisionGPT.from_pretrained(cfg.init_from, "cpu", torch.float32, cfg.weights)
         if cfg.vit:
-            replace_vit(model, Path(cfg.vit))
+            vit, width = read_vit(Path(cfg.vit)), model.config.vit.n_embd
+            if vit.config.n_embd != width:
+                raise UserError(f"{cfg.vit} is {vit.config.n_embd} wide, the model's own ViT {width}")
+            model.vit, model.config.vit = vit, vit.config
+            if model.backbones:
+                model.backbones["vit"] = Path(cfg.vit)
         data = CaptionSet(cfg.data, model.require_tokenizer())
     elif cfg.preset == "flickr8k":
         files = {"vit": Path(cfg.vit or f"{cfg.weights}/vit.safetensors"),
@@ -195,25 +198,19 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
         model = VisionGPT(config, data.tokenizer, vit)
     model.freeze(*FROZEN[cfg.train])
     set_dropout(model, cfg.dropout)
-    check_lengths(data, model)
+    lengths, room = np.diff(data.offset), model.config.gpt2.n_positions - 1
+    if lengths.max() > room:
+        text = data.captions[lengths.argmax()]
+        raise UserError(f"a caption of {lengths.max()} tokens is too long for GPT-2, which has room for "
+                        f"{room}: {text[:60]!r}...; shorten it and prepare the set again")
     return model, data
 
 
 def read_vit(place: Path) -> ViT:
     """The ViT in a file, or in the whole checkpoint in a folder, in float32."""
-    whole = place.is_dir()
-    return (VisionGPT.from_pretrained(place, "cpu", torch.float32).vit if whole else
-            ViT.from_pretrained(place).float())
-
-
-def replace_vit(model: VisionGPT, place: Path) -> None:
-    """Give a model the ViT in a file or checkpoint. Raises UserError when it is of another width."""
-    vit = read_vit(place)
-    if vit.config.n_embd != model.config.vit.n_embd:
-        raise UserError(f"{place} is {vit.config.n_embd} wide, the model's own ViT {model.config.vit.n_embd}")
-    model.vit, model.config.vit = vit, vit.config
-    if model.backbones:
-        model.backbones["vit"] = place
+    if place.is_dir():
+        return VisionGPT.from_pretrained(place, "cpu", torch.float32).vit
+    return ViT.from_pretrained(place).float()
 
 
 def set_dropout(model: VisionGPT, p: float) -> None:
@@ -226,15 +223,6 @@ def set_dropout(model: VisionGPT, p: float) -> None:
         for module in part.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = p
-
-
-def check_lengths(data: CaptionSet, model: VisionGPT) -> None:
-    """Raise UserError when a caption is longer than GPT-2's positions."""
-    longest, room = int(np.diff(data.offset).max()), model.config.gpt2.n_positions - 1
-    if longest > room:
-        text = data.captions[int(np.diff(data.offset).argmax())]
-        raise UserError(f"a caption of {longest} tokens is too long for GPT-2, which has room for {room}: "
-                        f"{text[:60]!r}...; shorten it and prepare the set again")
 
 
 def trained_parameters(model: VisionGPT) -> dict[str, torch.nn.Parameter]:
@@ -299,14 +287,6 @@ def training_batches(data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig,
     return load_ahead(micro_batches, steps)
 
 
-def word_dropout(tokens: Tensor, share: float, eos_id: int) -> Tensor:
-    """That share of tokens (B, T) becomes the end token (Bowman et al. 2016)."""
-    if not share:
-        return tokens
-    hidden = torch.rand(tokens.shape, device=tokens.device) < share
-    return tokens.masked_fill(hidden, eos_id)
-
-
 def batch_loss(model: VisionGPT, batch: dict, amp: torch.dtype | None, label_smoothing: float = 0.0,
                shuffled: bool = False) -> Tensor:
     """Summed cross-entropy of a batch on the model's device; `shuffled`: each row looks at another image."""
@@ -315,25 +295,6 @@ def batch_loss(model: VisionGPT, batch: dict, amp: torch.dtype | None, label_smo
         visual = visual.roll(1, 0) if shuffled else visual
         return model.loss(batch["tokens"], visual, batch["targets"], batch["positions"], label_smoothing,
                           reduction="sum")
-
-
-class Reward:
-    """CIDEr-D of captions of training images, n-grams weighed by how rare they are in that split.
-
-    The end counts as a word: else a caption may win by stopping after "in a".
-    """
-
-    def __init__(self, data: CaptionSet):
-        images = data.split("train").tolist()
-        self.place = {image: place for place, image in enumerate(images)}
-        self.scorer = CiderScorer([[self.words(text, True) for text in data.references(i)] for i in images])
-
-    @staticmethod
-    def words(text: str, ended: bool) -> list[str]:
-        return tokenize(text) + ["."] * ended
-
-    def __call__(self, image: int, texts: list[str], ended: list[bool]) -> list[float]:
-        return self.scorer.score([self.words(*caption) for caption in zip(texts, ended)], self.place[image])
 
 
 def self_critical_loss(model: VisionGPT, batch: dict, reward: Reward, n: int,
@@ -372,7 +333,9 @@ def train_step(model: VisionGPT, optimizer: torch.optim.Optimizer, scaler: torch
         if reward:
             loss = self_critical_loss(model, batch, reward, cfg.self_critical, amp) / len(micro_batches)
         else:
-            batch["tokens"] = word_dropout(batch["tokens"], cfg.word_dropout, model.eos_id)
+            if cfg.word_dropout:                                      # Bowman et al. 2016
+                hidden = torch.rand(batch["tokens"].shape, device=model.device) < cfg.word_dropout
+                batch["tokens"] = batch["tokens"].masked_fill(hidden, model.eos_id)
             loss = batch_loss(model, batch, amp, cfg.label_smoothing) / count
         scaler.scale(loss).backward()
         total = total + loss.detach()
@@ -424,102 +387,6 @@ def caption_room(model: VisionGPT) -> int:
     return min(50, model.config.gpt2.n_positions - 1)
 
 
-@dataclass
-class AdamState:
-    step: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
-@dataclass
-class OptimizerState:
-    state: dict[int, AdamState]
-    param_groups: list[dict]
-
-
-@dataclass
-class SavedState:
-    """What training_state.pt holds, of which every field is checked before it is used."""
-
-    model: dict[str, Tensor]
-    optimizer: OptimizerState
-    scaler: dict[str, int | float]
-    step: int = field(metadata=dict(min=0))
-    best: float = field(metadata=dict(max=math.inf))
-    losses: list[float]
-    backbones: dict[str, str | None]
-    config: TrainConfig
-
-
-@dataclass
-class TrainState:
-    """All that changes while training, as in training_state.pt; `inputs`: hashes of weights and captions."""
-
-    trained: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    inputs: dict[str, str]
-    step: int = 0
-    best: float = math.inf
-    losses: list[Tensor] = field(default_factory=list)                # since the last log line
-
-    def save(self, out: Path, cfg: TrainConfig) -> None:
-        content = {"model": {name: p.detach() for name, p in self.trained.items()},
-                   "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                   "step": self.step, "best": self.best, "losses": [loss.item() for loss in self.losses],
-                   "backbones": self.inputs, "config": dataclasses.asdict(cfg)}
-        try:
-            with cli.atomic(out / "training_state.pt") as path, open(path, "wb") as file:
-                torch.save(content, file)
-        except RuntimeError as error:                                 # torch's own follows the disk's
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-    @staticmethod
-    def read(file: Path) -> dict | None:
-        """What `save` wrote, or None where there is nothing. Raises UserError when it cannot be resumed."""
-        if not file.exists():
-            print(f"{file} does not exist: starting at step 0", file=sys.stderr)
-            return None
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
-        except Exception as error:                                    # a damaged file fails in many ways
-            raise UserError(f"{file} is damaged or of another version ({type(error).__name__}); "
-                            f"start again with --overwrite") from None
-        records.convert(SavedState, saved, file)
-        return saved
-
-    def load(self, saved: dict, out: Path) -> None:
-        """Continue from what `read` returned. Raises UserError if weights or captions are others now."""
-        held = {name: tensor.shape for name, tensor in saved["model"].items()}
-        if saved["backbones"] != self.inputs or held != {name: p.shape for name, p in self.trained.items()}:
-            raise UserError(f"the weights or the data have changed since the run in {out} started")
-        own, moments = self.optimizer.state_dict(), saved["optimizer"]["state"]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        tensors = [*saved["model"].values(), *(t for moment in moments.values() for t in moment.values())]
-        fit = all(0 <= i < len(parameters) and moment["step"].shape == () and parameters[i].shape ==
-                  moment["exp_avg"].shape == moment["exp_avg_sq"].shape for i, moment in moments.items())
-        if not fit or not all(t.isfinite().all() for t in tensors):
-            raise UserError(f"{out}/training_state.pt is damaged (NaN, or tensors that do not fit the "
-                            "model); start again with --overwrite")
-        for name, p in self.trained.items():
-            p.data.copy_(saved["model"][name])
-        self.optimizer.load_state_dict(own | {"state": moments})      # the rest is of this run's settings
-        if saved["scaler"].keys() >= self.scaler.state_dict().keys() > set():    # not where it does not scale
-            self.scaler.load_state_dict(saved["scaler"])
-        self.step = saved["step"]
-        self.losses = [torch.tensor(loss) for loss in saved["losses"]]
-        self.best = saved["best"] if (out / "config.json").exists() else math.inf
-
-    def check_losses(self) -> list[float]:
-        """The losses since the last log line (synchronises a GPU). Raises UserError if one is NaN."""
-        losses = [loss.item() for loss in self.losses]
-        for step, loss in enumerate(losses, self.step - len(losses) + 1):
-            if not math.isfinite(loss):
-                raise UserError(f"the loss became {loss} at step {step}; the folder holds the last good "
-                                "checkpoint: lower --learning-rate, or use --dtype float32")
-        return losses
-
-
 # --------------------------------------------------------------------------------------------------
 # before, during and after the run
 
@@ -553,11 +420,6 @@ def input_hashes(model: VisionGPT, data: CaptionSet) -> dict[str, str]:
     if not hashes:                                                    # of a complete checkpoint
         hashes = {name: checkpoint.sha256(getattr(model, name).state_dict()) for name in model.frozen}
     return hashes | {"captions": data.fingerprint()}
-
-
-def total_steps(cfg: TrainConfig, n_images: int) -> int:
-    steps = max(1, cfg.epochs * math.ceil(n_images / cfg.batch_size) // cfg.grad_accumulation)
-    return min(steps, cfg.max_steps) if cfg.max_steps else steps
 
 
 def evaluate(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig, state: TrainState,
@@ -633,12 +495,14 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
         if cfg.overwrite:
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
-        logger, total = Log(out / "log.jsonl", state.step, cfg), total_steps(cfg, n_train)
+        logger = Log(out / "log.jsonl", state.step, cfg)
+        total = max(1, cfg.epochs * math.ceil(n_train / cfg.batch_size) // cfg.grad_accumulation)
+        total = min(total, cfg.max_steps or total)
         trained, held = (sum(p.numel() for p in own) for own in (state.trained.values(), model.parameters()))
         log(f"{trained:,} of {held:,} parameters trained on {n_train:,} images of {cfg.data}; "
             f"{total} steps on {device}, {amp or torch.float32}")
 
-        reward = Reward(data) if cfg.self_critical else None
+        reward = Reward({i: data.references(i) for i in data.split("train")}) if cfg.self_critical else None
 
         # one optimizer step after another
         model.train()

@@ -850,7 +850,8 @@ def test_evaluation_scores_captions_and_keeps_the_model_with_the_best(base, conf
 
 def test_reward_is_cider_d_with_an_end_word(base, config):
     _, data = build_model(config())
-    images, reward = data.split("train").tolist(), trainer.Reward(data)
+    images = data.split("train").tolist()
+    reward = trainer.Reward({i: data.references(i) for i in images})
     texts = [data.references(i)[0] for i in images]
     others = texts[1:] + texts[:1]
     found = [reward(i, [text, other], [True, False]) for i, text, other in zip(images, texts, others)]
@@ -970,11 +971,23 @@ def test_validation_never_compares_an_image_with_itself(config):
     assert min(sizes) >= 2
 
 
-def test_word_dropout_hides_its_share_of_the_words():
-    tokens = torch.arange(4000).view(40, 100)
-    hidden = trainer.word_dropout(tokens, 0.25, 9999) == 9999
-    assert 0.2 < hidden.float().mean() < 0.3
-    assert torch.equal(trainer.word_dropout(tokens, 0.0, 9999), tokens)
+def test_word_dropout_hides_its_share_of_the_words_from_gpt2_alone(config, monkeypatch):
+    seen = []
+
+    def look(model, tokens, visual, targets, *rest, **named):
+        seen.append((tokens, targets))
+        return model.xattn["1"].out.weight.sum() * 0
+
+    monkeypatch.setattr(VisionGPT, "loss", look)
+    cfg = config(word_dropout=0.25, max_steps=30)
+    train(cfg)
+    end = build_model(cfg)[0].eos_id
+    hidden, words = 0, 0
+    for tokens, targets in seen[:30]:                                 # the rest is of the validation
+        words += int(((targets != -100) & (targets != end)).sum())
+        followed = targets[:, :-1] == tokens[:, 1:]
+        hidden += int(((targets[:, :-1] >= 0) & (targets[:, :-1] != end) & ~followed).sum())
+    assert 0.2 < hidden / words < 0.3
 
 
 @pytest.fixture(scope="module")
@@ -990,15 +1003,15 @@ def test_a_run_with_all_that_is_random_goes_on_as_if_nothing_had_been(base, rare
                  word_dropout=0.2, captions_per_image=1, grad_accumulation=2, augment=True,
                  max_steps=6, save_interval=3, dropout=0.1, label_smoothing=0.1, batch_size=4)
     train(cfg)
-    broken, calls, word_dropout = dataclasses.replace(cfg, out=cfg.out + "-broken"), [], trainer.word_dropout
+    broken, calls, batch_loss = dataclasses.replace(cfg, out=cfg.out + "-broken"), [], trainer.batch_loss
 
-    def stop(*args):
+    def stop(*args, **named):
         calls.append(args)
         if len(calls) == 9:                                            # in step 5, after the save at 3
             raise ZeroDivisionError
-        return word_dropout(*args)
+        return batch_loss(*args, **named)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(trainer, "word_dropout", stop)
+        patch.setattr(trainer, "batch_loss", stop)
         train(broken)
     assert state_of(broken)["step"] == 3
     go_on(broken)
