@@ -4,6 +4,7 @@
     python train.py                     # the fusion on Flickr8k, after prepare_flickr8k and convert_weights
     python train.py --preset mini       # a small captioner behind the frozen ViT of assets/mini
     python train.py --resume            # continue a run that was stopped anywhere, with the same flags
+    torchrun --nproc-per-node 2 train.py --batch-size 16 --grad-accumulation 2     # on two GPUs: the same run
 """
 
 import contextlib
@@ -27,7 +28,7 @@ import prepare_shapes
 from data import CaptionSet, ImageInputs, collate, epoch_batches, load_ahead, pin, to_device
 from decoding import DecodingConfig
 from gpt2 import GPT2Config
-from lib import checkpoint, cli, figures
+from lib import checkpoint, cli, distributed, figures
 from lib.cli import UserError, flag
 from lib.metrics import Reward, score
 from lib.prepared_set import clean_caption
@@ -103,9 +104,6 @@ class TrainConfig:
             raise UserError("--resume continues the run, --overwrite throws it away: give one of them")
         if self.init_from and os.path.realpath(self.init_from) == os.path.realpath(self.out):
             raise UserError(f"--init-from {self.init_from} would be written over: name another --out")
-        if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
-            raise UserError("training runs on one GPU: start it with python train.py, "
-                            "without torchrun or WORLD_SIZE")
 
 
 MINI_VOCABULARY = 3072                 # tokens of the BPE that the mini preset trains on its captions
@@ -271,16 +269,20 @@ def autocast(device: torch.device, amp: torch.dtype | None):
 
 def training_batches(data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig,
                      steps: range) -> Iterator[list[dict]]:
-    """The micro-batches of each optimizer step, which follow from (seed, step) alone."""
+    """This process' share of the micro-batches of each optimizer step.
+
+    They follow from (seed, number of the forward pass) alone, the seed of what is random on the way included.
+    """
     images = data.split("train")
     per_epoch = math.ceil(len(images) / cfg.batch_size)
     order = functools.lru_cache(2)(functools.partial(epoch_batches, data, images, cfg.batch_size, cfg.seed))
 
     def micro_batches(step: int) -> list:
-        batches = []
-        for n in range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation):
+        batches, passes = [], range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation)
+        for n in passes[distributed.rank() :: distributed.world_size()]:
             chosen, rng = order(n // per_epoch)[n % per_epoch], np.random.default_rng([cfg.seed, 1, n])
             batch = collate(data, chosen, inputs, rng, cfg.captions_per_image)
+            batch["seed"] = int(rng.integers(2**63))
             batches.append(pin(batch) if inputs.device.type == "cuda" else batch)
         return batches
 
@@ -326,12 +328,16 @@ def self_critical_loss(model: VisionGPT, batch: dict, reward: Reward, n: int,
 def train_step(model: VisionGPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                micro_batches: list, cfg: TrainConfig, amp: torch.dtype | None,
                reward: Reward | None = None) -> Tensor:
-    """An optimizer step over its micro-batches -> the mean loss over all targets, or minus the reward."""
-    count, total = sum(batch["count"] for batch in micro_batches), 0.0
+    """An optimizer step over the micro-batches of all processes, each of which has some.
+
+    Returns the mean loss over all their targets, or minus the reward.
+    """
+    count, total = distributed.total(sum(batch["count"] for batch in micro_batches)), 0.0
     for batch in micro_batches:
+        torch.manual_seed(batch["seed"])                              # of dropout and samples
         batch = to_device(batch, model.device, model.config.vit)
         if reward:
-            loss = self_critical_loss(model, batch, reward, cfg.self_critical, amp) / len(micro_batches)
+            loss = self_critical_loss(model, batch, reward, cfg.self_critical, amp) / cfg.grad_accumulation
         else:
             if cfg.word_dropout:                                      # Bowman et al. 2016
                 hidden = torch.rand(batch["tokens"].shape, device=model.device) < cfg.word_dropout
@@ -339,9 +345,10 @@ def train_step(model: VisionGPT, optimizer: torch.optim.Optimizer, scaler: torch
             loss = batch_loss(model, batch, amp, cfg.label_smoothing) / count
         scaler.scale(loss).backward()
         total = total + loss.detach()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    distributed.add_up([p.grad for p in parameters if p.grad is not None] + [total])
     scaler.unscale_(optimizer)
     if cfg.grad_clip:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
     scaler.step(optimizer)                                            # skipped where float16 overflowed
     scaler.update()
@@ -474,34 +481,40 @@ def finish(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainCo
 def train(cfg: TrainConfig, saved: dict | None = None) -> float:
     """Train as `cfg` says, from `saved` where a run is resumed; returns the best validation loss or -CIDEr.
 
-    What is random in a step (order, crops, dropout) follows from (seed, step) alone, so a resumed run repeats
-    exactly what an unbroken one would have done. Raises UserError for what the user can fix.
+    What is random (order, crops, dropout) follows from the seed and the number of the forward pass alone, so
+    a resumed run repeats exactly what an unbroken one would have done, and several processes, which share the
+    forward passes of a step, what one would have. Raises UserError for what the user can fix.
     """
-    with cpu_threads(cfg.threads), run_folder(cfg) as out:
+    passes, n_process, leads = cfg.grad_accumulation, distributed.world_size(), distributed.rank() == 0
+    if passes < n_process:
+        size = max(1, cfg.batch_size * passes // n_process)
+        raise UserError(f"a step of {passes} forward passes is too small for {n_process} processes: start "
+                        f"{passes}, or begin with --batch-size {size} --grad-accumulation {n_process}")
+    with (distributed.processes(cli.pick_device(cfg.device)) as device, cpu_threads(cfg.threads),
+          run_folder(cfg) as out):
         # model, data, optimizer
-        device = cli.pick_device(cfg.device)
         amp = amp_dtype(cfg.dtype, device)
         torch.manual_seed(cfg.seed % 2**63)
-        if cfg.preset == "shapes" and not Path(cfg.data, "meta.json").exists():
-            prepare_shapes.prepare(prepare_shapes.ShapesConfig(out=cfg.data))
-        model, data = build_model(cfg)
-        n_train, _ = len(data.split("train")), data.split("val")      # both must hold something
-        hashes = input_hashes(model, data)
-        inputs = place_model(model, data, cfg, device, amp)
+        with distributed.first_in_line():                             # which draws scenes, caches features
+            if cfg.preset == "shapes" and not Path(cfg.data, "meta.json").exists():
+                prepare_shapes.prepare(prepare_shapes.ShapesConfig(out=cfg.data))
+            model, data = build_model(cfg)
+            n_train, _ = len(data.split("train")), data.split("val")  # both must hold something
+            hashes = input_hashes(model, data)
+            inputs = place_model(model, data, cfg, device, amp)
         state = TrainState(trained_parameters(model), configure_optimizer(model, cfg),
                            torch.amp.GradScaler(device.type, enabled=amp == torch.float16), hashes)
         if saved:
             state.load(saved, out)
-        if cfg.overwrite:
+        if cfg.overwrite and leads:
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
-        logger = Log(out / "log.jsonl", state.step, cfg)
-        total = max(1, cfg.epochs * math.ceil(n_train / cfg.batch_size) // cfg.grad_accumulation)
+        logger = Log(out / "log.jsonl", state.step, cfg) if leads else None
+        total = max(1, cfg.epochs * math.ceil(n_train / cfg.batch_size) // passes)
         total = min(total, cfg.max_steps or total)
         trained, held = (sum(p.numel() for p in own) for own in (state.trained.values(), model.parameters()))
         log(f"{trained:,} of {held:,} parameters trained on {n_train:,} images of {cfg.data}; "
-            f"{total} steps on {device}, {amp or torch.float32}")
-
+            f"{total} steps on {f'{n_process} x ' * (n_process > 1)}{device.type}, {amp or torch.float32}")
         reward = Reward({i: data.references(i) for i in data.split("train")}) if cfg.self_critical else None
 
         # one optimizer step after another
@@ -509,7 +522,6 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
         captions, since, started = 0, state.step, time.monotonic()
         with stop_signal() as asked:
             for micro_batches in training_batches(data, inputs, cfg, range(state.step, total)):
-                torch.manual_seed((cfg.seed * 1_000_003 + state.step) % 2**63)
                 for group in state.optimizer.param_groups:
                     group["lr"] = get_lr(state.step, total, cfg)
                 state.losses.append(train_step(model, state.optimizer, state.scaler, micro_batches, cfg, amp,
@@ -517,26 +529,30 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
                 captions += sum(batch["captions"] for batch in micro_batches)
                 state.step += 1
 
+                stops = distributed.total(len(asked)) > 0             # if any process was asked, all of them
                 logs, evaluates, saves = (state.step == total or state.step % interval == 0 for interval in
                                           (cfg.log_interval, cfg.eval_interval, cfg.save_interval))
-                saves = saves or bool(asked)
+                saves = saves or stops
                 if logs or evaluates or saves or device.type == "cpu":
                     losses = state.check_losses()
                 if logs:
-                    seconds = time.monotonic() - started
-                    logger.write_step(state.step, total, since, seconds, captions, sum(losses) / len(losses),
-                                      group["lr"], peak_memory(device))
+                    seconds, captions = time.monotonic() - started, distributed.total(captions)
+                    if leads:
+                        logger.write_step(state.step, total, since, seconds, captions,
+                                          sum(losses) / len(losses), group["lr"], peak_memory(device))
                     state.losses, captions, since, started = [], 0, state.step, time.monotonic()
-                if evaluates:
+                if evaluates and leads:                               # the others wait at their next sum
                     before = time.monotonic()
                     evaluate(model, data, inputs, cfg, state, logger, amp)
                     started += time.monotonic() - before
-                if saves:
+                if saves and leads:
                     state.save(out, cfg)
-                if saves and asked:                                   # if asked just now: after another step
+                if stops:
+                    distributed.total(0)                              # until it is saved
                     log(f"stopped after step {state.step}; continue with the same command and --resume")
                     raise KeyboardInterrupt
-        finish(model, data, inputs, cfg, logger, amp)
+        if leads:
+            finish(model, data, inputs, cfg, logger, amp)
         return state.best
 
 

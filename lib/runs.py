@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib import cli, records
+from lib import cli, distributed, records
 from lib.cli import UserError
 
 # files that a new run must not overwrite silently, and what else it writes
@@ -24,12 +24,15 @@ ALL_FILES = (*RUN_FILES, "tokenizer.json", "log.jsonl", "loss.png", "samples.png
 
 @contextlib.contextmanager
 def run_folder(cfg):
-    """The checkpoint folder, this run's alone within the context.
+    """The checkpoint folder, this run's alone within the context. Process 0 answers for all of a run.
 
     Raises UserError when another run is in it, when it holds one that is neither resumed nor overwritten, or
     files of such names that are not of a run: every run leaves .lock behind.
     """
     out = Path(cfg.out)
+    if distributed.rank() > 0:
+        yield out
+        return
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: name another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -190,12 +193,12 @@ class Log:
 def stop_signal():
     """Within it, Ctrl-C and SIGTERM only fill the list it gives: the step is finished and saved first.
 
-    A second one stops at once.
+    A second one stops at once, except that torchrun passes on what the terminal has sent already.
     """
     asked = []
 
     def ask(number, frame):
-        if asked:
+        if asked and distributed.world_size() == 1:
             raise KeyboardInterrupt
         asked.append(number)
 
