@@ -488,8 +488,8 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
     passes, n_process, leads = cfg.grad_accumulation, distributed.world_size(), distributed.rank() == 0
     if passes < n_process:
         size = max(1, cfg.batch_size * passes // n_process)
-        raise UserError(f"a step of {passes} forward passes is too small for {n_process} processes: start "
-                        f"{passes}, or begin with --batch-size {size} --grad-accumulation {n_process}")
+        raise UserError(f"{n_process} processes share the forward passes of a step: begin with --batch-size "
+                        f"{size} --grad-accumulation {n_process}, or start at most {passes}")
     with (distributed.processes(cli.pick_device(cfg.device)) as device, cpu_threads(cfg.threads),
           run_folder(cfg) as out):
         # model, data, optimizer

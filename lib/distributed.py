@@ -52,9 +52,15 @@ def processes(device: torch.device) -> Iterator[torch.device]:
 
 
 def total(number: int) -> int:
-    """The sum of a whole number over all processes, each of which waits for the others here."""
+    """The sum of a whole number over all processes, each of which waits for the others here.
+
+    Raises UserError when one of them has ended.
+    """
     if world_size() > 1:
-        dist.all_reduce(summed := torch.tensor(number))
+        try:
+            dist.all_reduce(summed := torch.tensor(number))
+        except RuntimeError:
+            raise UserError("another process of this run has ended; what it said itself tells why") from None
         number = summed.item()
     return number
 
@@ -65,6 +71,15 @@ def add_up(tensors: list[Tensor]) -> None:
         dist.all_reduce(flat := torch.cat([t.flatten() for t in tensors]))
         for t, summed in zip(tensors, flat.split([t.numel() for t in tensors])):
             t.copy_(summed.view_as(t))
+
+
+def gather(items: list) -> list:
+    """The items of all processes, in each of them."""
+    if world_size() == 1:
+        return items
+    held = [[]] * world_size()
+    dist.all_gather_object(held, items)
+    return [item for own in held for item in own]
 
 
 @contextlib.contextmanager

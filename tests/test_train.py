@@ -412,7 +412,7 @@ def test_two_processes_train_as_one_does(unbroken, tmp_path):
 
 def test_processes_without_work_are_refused(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="start 2, or begin with --batch-size 4 --grad-accumulation 4"):
+    with pytest.raises(UserError, match="with --batch-size 4 --grad-accumulation 4, or start at most 2"):
         train(config(batch_size=8, grad_accumulation=2))
     with pytest.raises(UserError, match="with torchrun"):
         train(config(grad_accumulation=4))
