@@ -94,12 +94,12 @@ def epoch_batches(data: CaptionSet, images: np.ndarray, batch_size: int, seed: i
                   epoch: int) -> list[np.ndarray]:
     """The batches of an epoch, image indices each: an order that depends on (seed, epoch) alone.
 
-    Within 32 shuffled batches, images are sorted by the length of their rows before they are cut, so that a
-    batch pads little; then the batches are shuffled.
+    Within batch_size**2 shuffled images, they are sorted by the length of their rows before they are cut into
+    batches, so that a batch pads little; small batches, which need all kinds of images, are sorted less.
     """
     rng = np.random.default_rng([seed, epoch])
     images = rng.permutation(images)
-    lengths, pool = data.row_lengths(images), 32 * batch_size
+    lengths, pool = data.row_lengths(images), batch_size**2
     order = np.concatenate([start + np.argsort(lengths[start : start + pool], kind="stable")
                             for start in range(0, len(images), pool)])
     batches = [images[order[i : i + batch_size]] for i in range(0, len(images), batch_size)]

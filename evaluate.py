@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from data import CaptionSet, read_pixels
-from lib import checkpoint, cli, figures
+from lib import checkpoint, cli, distributed, figures
 from lib.cli import UserError, flag
 from lib.images import normalize
 from lib.metrics import score
@@ -84,24 +84,28 @@ def caption_images(model: VisionGPT, data: CaptionSet, images: np.ndarray, seen:
     same pictures, the share of captions that came to an end, speed. Raises UserError if the loss overflows.
     """
     vit, prompt = model.config.vit, model.require_tokenizer().encode(config.prompt)
-    generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
-    texts, ended, loss, count, seconds = [], 0, 0.0, 0, 0.0
-    for start in cli.progress(range(0, len(images), config.batch_size), "captioning: batch"):
+    generator, parts = torch.Generator(model.device), []
+    mine = range(0, len(images), config.batch_size)[distributed.rank() :: distributed.world_size()]
+    for start in cli.progress(mine, "captioning: batch"):
         part, began = slice(start, start + config.batch_size), time.monotonic()
+        generator.manual_seed((config.seed + start) % 2**63)
         pictures = normalize(read_pixels(data, seen[part], vit.image_size), vit).to(model.device)
         visual = model.encode(torch.zeros_like(pictures) if blind else pictures)
         rows, _ = model.generate_tokens(config, prompt, visual=visual, generator=generator)
-        seconds += time.monotonic() - began                          # of captioning alone, without the loss
-        texts += [model.tokenizer.decode(prompt + row).strip() for row in rows]
-        ended += sum(len(row) < config.max_length for row in rows)   # rows lack their end token
+        seconds = time.monotonic() - began                           # of captioning alone, without the loss
+        said = [model.tokenizer.decode(prompt + row).strip() for row in rows]
+        ended = sum(len(row) < config.max_length for row in rows)    # rows lack their end token
         packed = pack_captions(data.caption_tokens(images[part]), model.eos_id)
         tokens, targets, positions = (t.to(model.device) for t in packed)
-        loss += model.loss(tokens, visual, targets, positions, reduction="sum").item()
-        count += int((targets != -100).sum())
+        loss = model.loss(tokens, visual, targets, positions, reduction="sum").item()
+        parts.append((start, said, ended, loss, int((targets != -100).sum()), seconds))
+    _, said, *numbers = zip(*sorted(distributed.gather(parts)))
+    texts, (ended, loss, count, seconds) = sum(said, []), map(sum, numbers)
     if not loss < 500 * count:                                       # NaN, infinite, or e**loss would be
-        raise UserError(f"the loss is {loss / count} in {visual.dtype}: use --dtype float32")
+        raise UserError(f"the loss is {loss / count}: use --dtype float32")
     return texts, {"loss": loss / count, "perplexity": math.exp(loss / count),
-                   "ended_by_end_token": ended / len(texts), "captions_per_s": len(texts) / seconds}
+                   "ended_by_end_token": ended / len(texts),
+                   "captions_per_s": len(texts) / seconds * distributed.world_size()}
 
 
 def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str, tuple]]:
@@ -119,7 +123,7 @@ def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str,
     print(f"{folder} captions {len(images):,} {config.split} images of {data.folder}"
           f"{', blind as it was trained' if blind else ''}", file=sys.stderr)
     written = {"real": caption_images(model, data, images, images, config, blind)}
-    if config.save_predictions:
+    if config.save_predictions and distributed.rank() == 0:
         predictions = [{"image_id": data.image_ids[i], "caption": text, "image": data.names[i]}
                        for i, text in zip(images, written["real"][0])]
         cli.write_text(config.save_predictions, json.dumps(predictions, indent=0))
@@ -187,8 +191,11 @@ def main(args: list[str] | None = None) -> None:
     if config.predictions and of_model:
         raise UserError(f"--{of_model[0].replace('_', '-')} needs a model, but --predictions uses none: "
                         "leave out one of them")
-    with cli.out_of_memory(f"lower --batch-size ({config.batch_size})"):
+    with (cli.out_of_memory(f"lower --batch-size ({config.batch_size})"),
+          distributed.processes(cli.pick_device(config.device))):
         data, images, written = read_predictions(config) if config.predictions else run_model(config)
+    if distributed.rank() > 0:
+        return
     measured = {title: measure(texts, data, images) for title, (texts, _) in written.items()}
     columns = {title: measured[title][0] | facts for title, (_, facts) in written.items()}
     texts, per_image = written["real"][0], measured["real"][1]

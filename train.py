@@ -4,17 +4,16 @@
     python train.py                     # the fusion on Flickr8k, after prepare_flickr8k and convert_weights
     python train.py --preset mini       # a small captioner behind the frozen ViT of assets/mini
     python train.py --resume            # continue a run that was stopped anywhere, with the same flags
+    torchrun --nproc-per-node 2 train.py --batch-size 16 --grad-accumulation 2     # on two GPUs: the same run
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,11 @@ import prepare_shapes
 from data import CaptionSet, ImageInputs, collate, epoch_batches, load_ahead, pin, to_device
 from decoding import DecodingConfig
 from gpt2 import GPT2Config
-from lib import checkpoint, cli, figures, records
+from lib import checkpoint, cli, distributed, figures
 from lib.cli import UserError, flag
-from lib.metrics import CiderScorer, score, tokenize
+from lib.metrics import Reward, score
 from lib.prepared_set import clean_caption
-from lib.runs import RUN_FILES, Log, cpu_threads, peak_memory, run_folder, stop_signal
+from lib.runs import RUN_FILES, Log, TrainState, cpu_threads, peak_memory, read_state, run_folder, stop_signal
 from lib.scenes import judge, read_scenes
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
@@ -105,9 +104,6 @@ class TrainConfig:
             raise UserError("--resume continues the run, --overwrite throws it away: give one of them")
         if self.init_from and os.path.realpath(self.init_from) == os.path.realpath(self.out):
             raise UserError(f"--init-from {self.init_from} would be written over: name another --out")
-        if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
-            raise UserError("training runs on one GPU: start it with python train.py, "
-                            "without torchrun or WORLD_SIZE")
 
 
 MINI_VOCABULARY = 3072                 # tokens of the BPE that the mini preset trains on its captions
@@ -151,7 +147,7 @@ def resolve_config(given: dict) -> tuple[TrainConfig, dict | None]:
     """The flags of the command line -> the settings of the run, and the saved state to resume or None."""
     rewarded = SELF_CRITICAL if given.get("self_critical") else {}
     cfg = TrainConfig(**{**PRESETS[given.get("preset", "flickr8k")], **rewarded, **given})
-    saved = TrainState.read(Path(cfg.out) / "training_state.pt") if cfg.resume else None
+    saved = read_state(Path(cfg.out) / "training_state.pt", TrainConfig) if cfg.resume else None
     if saved is None:
         return cfg, None
     for name, value in given.items():
@@ -171,7 +167,12 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
     if cfg.init_from:
         model = VisionGPT.from_pretrained(cfg.init_from, "cpu", torch.float32, cfg.weights)
         if cfg.vit:
-            replace_vit(model, Path(cfg.vit))
+            vit, width = read_vit(Path(cfg.vit)), model.config.vit.n_embd
+            if vit.config.n_embd != width:
+                raise UserError(f"{cfg.vit} is {vit.config.n_embd} wide, the model's own ViT {width}")
+            model.vit, model.config.vit = vit, vit.config
+            if model.backbones:
+                model.backbones["vit"] = Path(cfg.vit)
         data = CaptionSet(cfg.data, model.require_tokenizer())
     elif cfg.preset == "flickr8k":
         files = {"vit": Path(cfg.vit or f"{cfg.weights}/vit.safetensors"),
@@ -195,25 +196,19 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
         model = VisionGPT(config, data.tokenizer, vit)
     model.freeze(*FROZEN[cfg.train])
     set_dropout(model, cfg.dropout)
-    check_lengths(data, model)
+    lengths, room = np.diff(data.offset), model.config.gpt2.n_positions - 1
+    if lengths.max() > room:
+        text = data.captions[lengths.argmax()]
+        raise UserError(f"a caption of {lengths.max()} tokens is too long for GPT-2, which has room for "
+                        f"{room}: {text[:60]!r}...; shorten it and prepare the set again")
     return model, data
 
 
 def read_vit(place: Path) -> ViT:
     """The ViT in a file, or in the whole checkpoint in a folder, in float32."""
-    whole = place.is_dir()
-    return (VisionGPT.from_pretrained(place, "cpu", torch.float32).vit if whole else
-            ViT.from_pretrained(place).float())
-
-
-def replace_vit(model: VisionGPT, place: Path) -> None:
-    """Give a model the ViT in a file or checkpoint. Raises UserError when it is of another width."""
-    vit = read_vit(place)
-    if vit.config.n_embd != model.config.vit.n_embd:
-        raise UserError(f"{place} is {vit.config.n_embd} wide, the model's own ViT {model.config.vit.n_embd}")
-    model.vit, model.config.vit = vit, vit.config
-    if model.backbones:
-        model.backbones["vit"] = place
+    if place.is_dir():
+        return VisionGPT.from_pretrained(place, "cpu", torch.float32).vit
+    return ViT.from_pretrained(place).float()
 
 
 def set_dropout(model: VisionGPT, p: float) -> None:
@@ -226,15 +221,6 @@ def set_dropout(model: VisionGPT, p: float) -> None:
         for module in part.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = p
-
-
-def check_lengths(data: CaptionSet, model: VisionGPT) -> None:
-    """Raise UserError when a caption is longer than GPT-2's positions."""
-    longest, room = int(np.diff(data.offset).max()), model.config.gpt2.n_positions - 1
-    if longest > room:
-        text = data.captions[int(np.diff(data.offset).argmax())]
-        raise UserError(f"a caption of {longest} tokens is too long for GPT-2, which has room for {room}: "
-                        f"{text[:60]!r}...; shorten it and prepare the set again")
 
 
 def trained_parameters(model: VisionGPT) -> dict[str, torch.nn.Parameter]:
@@ -283,28 +269,24 @@ def autocast(device: torch.device, amp: torch.dtype | None):
 
 def training_batches(data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig,
                      steps: range) -> Iterator[list[dict]]:
-    """The micro-batches of each optimizer step, which follow from (seed, step) alone."""
+    """This process' share of the micro-batches of each optimizer step.
+
+    They follow from (seed, number of the forward pass) alone, the seed of what is random on the way included.
+    """
     images = data.split("train")
     per_epoch = math.ceil(len(images) / cfg.batch_size)
     order = functools.lru_cache(2)(functools.partial(epoch_batches, data, images, cfg.batch_size, cfg.seed))
 
     def micro_batches(step: int) -> list:
-        batches = []
-        for n in range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation):
+        batches, passes = [], range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation)
+        for n in passes[distributed.rank() :: distributed.world_size()]:
             chosen, rng = order(n // per_epoch)[n % per_epoch], np.random.default_rng([cfg.seed, 1, n])
             batch = collate(data, chosen, inputs, rng, cfg.captions_per_image)
+            batch["seed"] = int(rng.integers(2**63))
             batches.append(pin(batch) if inputs.device.type == "cuda" else batch)
         return batches
 
     return load_ahead(micro_batches, steps)
-
-
-def word_dropout(tokens: Tensor, share: float, eos_id: int) -> Tensor:
-    """That share of tokens (B, T) becomes the end token (Bowman et al. 2016)."""
-    if not share:
-        return tokens
-    hidden = torch.rand(tokens.shape, device=tokens.device) < share
-    return tokens.masked_fill(hidden, eos_id)
 
 
 def batch_loss(model: VisionGPT, batch: dict, amp: torch.dtype | None, label_smoothing: float = 0.0,
@@ -315,25 +297,6 @@ def batch_loss(model: VisionGPT, batch: dict, amp: torch.dtype | None, label_smo
         visual = visual.roll(1, 0) if shuffled else visual
         return model.loss(batch["tokens"], visual, batch["targets"], batch["positions"], label_smoothing,
                           reduction="sum")
-
-
-class Reward:
-    """CIDEr-D of captions of training images, n-grams weighed by how rare they are in that split.
-
-    The end counts as a word: else a caption may win by stopping after "in a".
-    """
-
-    def __init__(self, data: CaptionSet):
-        images = data.split("train").tolist()
-        self.place = {image: place for place, image in enumerate(images)}
-        self.scorer = CiderScorer([[self.words(text, True) for text in data.references(i)] for i in images])
-
-    @staticmethod
-    def words(text: str, ended: bool) -> list[str]:
-        return tokenize(text) + ["."] * ended
-
-    def __call__(self, image: int, texts: list[str], ended: list[bool]) -> list[float]:
-        return self.scorer.score([self.words(*caption) for caption in zip(texts, ended)], self.place[image])
 
 
 def self_critical_loss(model: VisionGPT, batch: dict, reward: Reward, n: int,
@@ -365,20 +328,27 @@ def self_critical_loss(model: VisionGPT, batch: dict, reward: Reward, n: int,
 def train_step(model: VisionGPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                micro_batches: list, cfg: TrainConfig, amp: torch.dtype | None,
                reward: Reward | None = None) -> Tensor:
-    """An optimizer step over its micro-batches -> the mean loss over all targets, or minus the reward."""
-    count, total = sum(batch["count"] for batch in micro_batches), 0.0
+    """An optimizer step over the micro-batches of all processes, each of which has some.
+
+    Returns the mean loss over all their targets, or minus the reward.
+    """
+    count, total = distributed.total(sum(batch["count"] for batch in micro_batches)), 0.0
     for batch in micro_batches:
+        torch.manual_seed(batch["seed"])                              # of dropout and samples
         batch = to_device(batch, model.device, model.config.vit)
         if reward:
-            loss = self_critical_loss(model, batch, reward, cfg.self_critical, amp) / len(micro_batches)
+            loss = self_critical_loss(model, batch, reward, cfg.self_critical, amp) / cfg.grad_accumulation
         else:
-            batch["tokens"] = word_dropout(batch["tokens"], cfg.word_dropout, model.eos_id)
+            if cfg.word_dropout:                                      # Bowman et al. 2016
+                hidden = torch.rand(batch["tokens"].shape, device=model.device) < cfg.word_dropout
+                batch["tokens"] = batch["tokens"].masked_fill(hidden, model.eos_id)
             loss = batch_loss(model, batch, amp, cfg.label_smoothing) / count
         scaler.scale(loss).backward()
         total = total + loss.detach()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    distributed.add_up([p.grad for p in parameters if p.grad is not None] + [total])
     scaler.unscale_(optimizer)
     if cfg.grad_clip:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
     scaler.step(optimizer)                                            # skipped where float16 overflowed
     scaler.update()
@@ -424,102 +394,6 @@ def caption_room(model: VisionGPT) -> int:
     return min(50, model.config.gpt2.n_positions - 1)
 
 
-@dataclass
-class AdamState:
-    step: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
-@dataclass
-class OptimizerState:
-    state: dict[int, AdamState]
-    param_groups: list[dict]
-
-
-@dataclass
-class SavedState:
-    """What training_state.pt holds, of which every field is checked before it is used."""
-
-    model: dict[str, Tensor]
-    optimizer: OptimizerState
-    scaler: dict[str, int | float]
-    step: int = field(metadata=dict(min=0))
-    best: float = field(metadata=dict(max=math.inf))
-    losses: list[float]
-    backbones: dict[str, str | None]
-    config: TrainConfig
-
-
-@dataclass
-class TrainState:
-    """All that changes while training, as in training_state.pt; `inputs`: hashes of weights and captions."""
-
-    trained: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    inputs: dict[str, str]
-    step: int = 0
-    best: float = math.inf
-    losses: list[Tensor] = field(default_factory=list)                # since the last log line
-
-    def save(self, out: Path, cfg: TrainConfig) -> None:
-        content = {"model": {name: p.detach() for name, p in self.trained.items()},
-                   "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                   "step": self.step, "best": self.best, "losses": [loss.item() for loss in self.losses],
-                   "backbones": self.inputs, "config": dataclasses.asdict(cfg)}
-        try:
-            with cli.atomic(out / "training_state.pt") as path, open(path, "wb") as file:
-                torch.save(content, file)
-        except RuntimeError as error:                                 # torch's own follows the disk's
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-    @staticmethod
-    def read(file: Path) -> dict | None:
-        """What `save` wrote, or None where there is nothing. Raises UserError when it cannot be resumed."""
-        if not file.exists():
-            print(f"{file} does not exist: starting at step 0", file=sys.stderr)
-            return None
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
-        except Exception as error:                                    # a damaged file fails in many ways
-            raise UserError(f"{file} is damaged or of another version ({type(error).__name__}); "
-                            f"start again with --overwrite") from None
-        records.convert(SavedState, saved, file)
-        return saved
-
-    def load(self, saved: dict, out: Path) -> None:
-        """Continue from what `read` returned. Raises UserError if weights or captions are others now."""
-        held = {name: tensor.shape for name, tensor in saved["model"].items()}
-        if saved["backbones"] != self.inputs or held != {name: p.shape for name, p in self.trained.items()}:
-            raise UserError(f"the weights or the data have changed since the run in {out} started")
-        own, moments = self.optimizer.state_dict(), saved["optimizer"]["state"]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        tensors = [*saved["model"].values(), *(t for moment in moments.values() for t in moment.values())]
-        fit = all(0 <= i < len(parameters) and moment["step"].shape == () and parameters[i].shape ==
-                  moment["exp_avg"].shape == moment["exp_avg_sq"].shape for i, moment in moments.items())
-        if not fit or not all(t.isfinite().all() for t in tensors):
-            raise UserError(f"{out}/training_state.pt is damaged (NaN, or tensors that do not fit the "
-                            "model); start again with --overwrite")
-        for name, p in self.trained.items():
-            p.data.copy_(saved["model"][name])
-        self.optimizer.load_state_dict(own | {"state": moments})      # the rest is of this run's settings
-        if saved["scaler"].keys() >= self.scaler.state_dict().keys() > set():    # not where it does not scale
-            self.scaler.load_state_dict(saved["scaler"])
-        self.step = saved["step"]
-        self.losses = [torch.tensor(loss) for loss in saved["losses"]]
-        self.best = saved["best"] if (out / "config.json").exists() else math.inf
-
-    def check_losses(self) -> list[float]:
-        """The losses since the last log line (synchronises a GPU). Raises UserError if one is NaN."""
-        losses = [loss.item() for loss in self.losses]
-        for step, loss in enumerate(losses, self.step - len(losses) + 1):
-            if not math.isfinite(loss):
-                raise UserError(f"the loss became {loss} at step {step}; the folder holds the last good "
-                                "checkpoint: lower --learning-rate, or use --dtype float32")
-        return losses
-
-
 # --------------------------------------------------------------------------------------------------
 # before, during and after the run
 
@@ -553,11 +427,6 @@ def input_hashes(model: VisionGPT, data: CaptionSet) -> dict[str, str]:
     if not hashes:                                                    # of a complete checkpoint
         hashes = {name: checkpoint.sha256(getattr(model, name).state_dict()) for name in model.frozen}
     return hashes | {"captions": data.fingerprint()}
-
-
-def total_steps(cfg: TrainConfig, n_images: int) -> int:
-    steps = max(1, cfg.epochs * math.ceil(n_images / cfg.batch_size) // cfg.grad_accumulation)
-    return min(steps, cfg.max_steps) if cfg.max_steps else steps
 
 
 def evaluate(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig, state: TrainState,
@@ -612,40 +481,47 @@ def finish(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: TrainCo
 def train(cfg: TrainConfig, saved: dict | None = None) -> float:
     """Train as `cfg` says, from `saved` where a run is resumed; returns the best validation loss or -CIDEr.
 
-    What is random in a step (order, crops, dropout) follows from (seed, step) alone, so a resumed run repeats
-    exactly what an unbroken one would have done. Raises UserError for what the user can fix.
+    What is random (order, crops, dropout) follows from the seed and the number of the forward pass alone, so
+    a resumed run repeats exactly what an unbroken one would have done, and several processes, which share the
+    forward passes of a step, what one would have. Raises UserError for what the user can fix.
     """
-    with cpu_threads(cfg.threads), run_folder(cfg) as out:
+    passes, n_process, leads = cfg.grad_accumulation, distributed.world_size(), distributed.rank() == 0
+    if passes < n_process:
+        size = max(1, cfg.batch_size * passes // n_process)
+        raise UserError(f"{n_process} processes share the forward passes of a step: begin with --batch-size "
+                        f"{size} --grad-accumulation {n_process}, or start at most {passes}")
+    with (distributed.processes(cli.pick_device(cfg.device)) as device, cpu_threads(cfg.threads),
+          run_folder(cfg) as out):
         # model, data, optimizer
-        device = cli.pick_device(cfg.device)
         amp = amp_dtype(cfg.dtype, device)
         torch.manual_seed(cfg.seed % 2**63)
-        if cfg.preset == "shapes" and not Path(cfg.data, "meta.json").exists():
-            prepare_shapes.prepare(prepare_shapes.ShapesConfig(out=cfg.data))
-        model, data = build_model(cfg)
-        n_train, _ = len(data.split("train")), data.split("val")      # both must hold something
-        hashes = input_hashes(model, data)
-        inputs = place_model(model, data, cfg, device, amp)
+        with distributed.first_in_line():                             # which draws scenes, caches features
+            if cfg.preset == "shapes" and not Path(cfg.data, "meta.json").exists():
+                prepare_shapes.prepare(prepare_shapes.ShapesConfig(out=cfg.data))
+            model, data = build_model(cfg)
+            n_train, _ = len(data.split("train")), data.split("val")  # both must hold something
+            hashes = input_hashes(model, data)
+            inputs = place_model(model, data, cfg, device, amp)
         state = TrainState(trained_parameters(model), configure_optimizer(model, cfg),
                            torch.amp.GradScaler(device.type, enabled=amp == torch.float16), hashes)
         if saved:
             state.load(saved, out)
-        if cfg.overwrite:
+        if cfg.overwrite and leads:
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
-        logger, total = Log(out / "log.jsonl", state.step, cfg), total_steps(cfg, n_train)
+        logger = Log(out / "log.jsonl", state.step, cfg) if leads else None
+        total = max(1, cfg.epochs * math.ceil(n_train / cfg.batch_size) // passes)
+        total = min(total, cfg.max_steps or total)
         trained, held = (sum(p.numel() for p in own) for own in (state.trained.values(), model.parameters()))
         log(f"{trained:,} of {held:,} parameters trained on {n_train:,} images of {cfg.data}; "
-            f"{total} steps on {device}, {amp or torch.float32}")
-
-        reward = Reward(data) if cfg.self_critical else None
+            f"{total} steps on {f'{n_process} x ' * (n_process > 1)}{device.type}, {amp or torch.float32}")
+        reward = Reward({i: data.references(i) for i in data.split("train")}) if cfg.self_critical else None
 
         # one optimizer step after another
         model.train()
         captions, since, started = 0, state.step, time.monotonic()
         with stop_signal() as asked:
             for micro_batches in training_batches(data, inputs, cfg, range(state.step, total)):
-                torch.manual_seed((cfg.seed * 1_000_003 + state.step) % 2**63)
                 for group in state.optimizer.param_groups:
                     group["lr"] = get_lr(state.step, total, cfg)
                 state.losses.append(train_step(model, state.optimizer, state.scaler, micro_batches, cfg, amp,
@@ -653,26 +529,30 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
                 captions += sum(batch["captions"] for batch in micro_batches)
                 state.step += 1
 
+                stops = distributed.total(len(asked)) > 0             # if any process was asked, all of them
                 logs, evaluates, saves = (state.step == total or state.step % interval == 0 for interval in
                                           (cfg.log_interval, cfg.eval_interval, cfg.save_interval))
-                saves = saves or bool(asked)
+                saves = saves or stops
                 if logs or evaluates or saves or device.type == "cpu":
                     losses = state.check_losses()
                 if logs:
-                    seconds = time.monotonic() - started
-                    logger.write_step(state.step, total, since, seconds, captions, sum(losses) / len(losses),
-                                      group["lr"], peak_memory(device))
+                    seconds, captions = time.monotonic() - started, distributed.total(captions)
+                    if leads:
+                        logger.write_step(state.step, total, since, seconds, captions,
+                                          sum(losses) / len(losses), group["lr"], peak_memory(device))
                     state.losses, captions, since, started = [], 0, state.step, time.monotonic()
-                if evaluates:
+                if evaluates and leads:                               # the others wait at their next sum
                     before = time.monotonic()
                     evaluate(model, data, inputs, cfg, state, logger, amp)
                     started += time.monotonic() - before
-                if saves:
+                if saves and leads:
                     state.save(out, cfg)
-                if saves and asked:                                   # if asked just now: after another step
+                if stops:
+                    distributed.total(0)                              # until it is saved
                     log(f"stopped after step {state.step}; continue with the same command and --resume")
                     raise KeyboardInterrupt
-        finish(model, data, inputs, cfg, logger, amp)
+        if leads:
+            finish(model, data, inputs, cfg, logger, amp)
         return state.best
 
 

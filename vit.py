@@ -42,7 +42,8 @@ class ViTConfig:
     transform: dict[str, int | str] = field(
         default_factory=lambda: dict(resize=256, crop=224, filter="bilinear"))
     dropout: float = 0.0               # on attention and MLP outputs, when trained from scratch
-    conv_stem: bool = False            # the bundled model: patches of convolutional features, not of pixels
+    # the bundled model: patches of convolutional features, not of pixels
+    conv_stem: bool = field(default=False, metadata=dict(optional=True))
 
     def __post_init__(self):
         check_sizes(self)

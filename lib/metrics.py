@@ -202,3 +202,22 @@ class CiderScorer:
                     clipped = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
                     total += penalty * clipped / (a_norm * b_norm)
         return 10 * total / 4 / len(references)
+
+
+class Reward:
+    """CIDEr-D for training, of texts as captions of an image in `references`, {image: its captions}.
+
+    N-grams weigh by how rare they are there. The end counts as a word: else a caption may win by stopping
+    after "in a".
+    """
+
+    def __init__(self, references: dict[int, list[str]]):
+        self.place = {image: place for place, image in enumerate(references)}
+        self.scorer = CiderScorer([[self.words(text, True) for text in own] for own in references.values()])
+
+    @staticmethod
+    def words(text: str, ended: bool) -> list[str]:
+        return tokenize(text) + ["."] * ended
+
+    def __call__(self, image: int, texts: list[str], ended: list[bool]) -> list[float]:
+        return self.scorer.score([self.words(*caption) for caption in zip(texts, ended)], self.place[image])

@@ -34,7 +34,7 @@ from lib.cli import UserError  # noqa: E402
 from lib.prepared_set import read_meta  # noqa: E402
 from model import VisionGPT, VisionGPTConfig  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from train import TrainConfig, TrainState  # noqa: E402
+from train import TrainConfig  # noqa: E402
 
 INTERESTING = [
     b"",
@@ -106,7 +106,7 @@ class Readers:
         optimizer = torch.optim.AdamW(named.values())
         named["latents"].grad = torch.ones_like(named["latents"])
         optimizer.step()
-        state = TrainState(
+        state = runs.TrainState(
             named, optimizer, torch.amp.GradScaler("cpu", enabled=False), {"captions": "0"}, 3, 2.0
         )
         state.save(folder / "run", cfg)
@@ -214,7 +214,7 @@ class Readers:
             )
 
     def resume(self, file, state):
-        saved = state.read(file)
+        saved = runs.read_state(file, TrainConfig)
         state.load(saved, file.parent)
 
     def captions(self, file):
