@@ -35,8 +35,8 @@ class DecodingConfig:
     prompt: str = flag("", "text that the caption starts with")
     min_length: int = flag(0, "minimum number of new tokens before the end token", min=0)
     max_length: int = flag(50, "maximum number of new tokens, the end token included", min=1)
-    drafts: bool = flag(True, "greedy captions of one picture at a time: guess several tokens from the training "
-                              "captions and check them at once, which changes nothing but the speed")
+    drafts: bool = flag(True, "greedy captions of one picture at a time: check several likely tokens in a "
+                              "step, which changes the speed alone")
 
     def __post_init__(self):
         check_ranges(self)
@@ -79,10 +79,9 @@ def decode(step: Callable, cache, start: Tensor, config: DecodingConfig, eos_id:
 
 
 def greedy_with_drafts(step, cache, start, config, eos_id, drafts):
-    """Greedy decoding of one row that keeps, of the guesses it checks in each step, those it would have chosen.
+    """Greedy decoding of one row, with a few guesses in each step, kept as far as it would have chosen them.
 
-    A step over few tokens takes little longer than over one: most of it is reading the weights (Leviathan et
-    al. 2023, arXiv:2211.17192).
+    They cost little: most of a step is reading the weights (Leviathan et al. 2023, arXiv:2211.17192).
     """
     text, total, first = start[0].tolist(), 0.0, start.shape[1]
     end = first + config.max_length
@@ -90,9 +89,9 @@ def greedy_with_drafts(step, cache, start, config, eos_id, drafts):
         guess = guess_next(drafts, text, min(DRAFTS, end - len(text) - 1), eos_id)
         fresh = torch.tensor([text[cache.length :] + guess], device=start.device)
         logits = step(fresh, len(guess) + 1)[0].float()                      # (1 + guesses, V)
-        likeliest, token = logits.max(-1)
-        chosen = token.tolist()
-        right = next((i for i, wrong in enumerate(map(int.__ne__, guess, chosen)) if wrong), len(guess))
+        likeliest, chosen = logits.max(-1)
+        chosen = chosen.tolist()
+        right = next((i for i, token in enumerate(guess) if token != chosen[i]), len(guess))
         text += chosen[: right + 1]                          # the right guesses, and what follows the last
         total += (likeliest - logits.logsumexp(-1))[: right + 1].sum().item()
         cache.length = len(text) - 1
