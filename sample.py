@@ -11,6 +11,9 @@ Pictures come in natural order, img2 before img10. One that cannot be read is re
 are captioned, and the exit status is 1.
 """
 
+if __name__ == "__main__":
+    import lib.threads  # noqa: F401  before torch
+
 import csv
 import itertools
 import json

@@ -6,6 +6,9 @@
     python train.py --resume            # continue a run that was stopped anywhere, with the same flags
 """
 
+if __name__ == "__main__":
+    import lib.threads  # noqa: F401  before torch
+
 import contextlib
 import dataclasses
 import functools
