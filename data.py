@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -245,13 +246,15 @@ def to_device(batch: dict, device: torch.device, config) -> dict:
     return batch
 
 
-def load_ahead(make: Callable, numbers: Iterable) -> Iterator:
-    """Yield make(n) for each n, the next one being made in a thread meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for n in numbers:
-            ready, waiting = waiting, pool.submit(make, n)
-            if ready:
-                yield ready.result()
-        if waiting:
-            yield waiting.result()
+def load_ahead(make: Callable, items: Iterable, ahead: int = 1) -> Iterator:
+    """Yield make(item) for each item in turn, the next `ahead` being made in threads meanwhile."""
+    pool, waiting = ThreadPoolExecutor(min(ahead, 8)), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
