@@ -1,4 +1,4 @@
-"""Measure this machine: captioning, training, ViT features and start-up, next to the best it could do.
+"""Measure this machine: captioning, training and start-up, next to the best it could do.
 
     python bench.py                            # everything: minutes
     python bench.py --quick                    # the machine, captions and training, fewer cases
@@ -6,10 +6,12 @@
 
 Full size, random weights, captions of 20 tokens; times are medians, contenders run in turn. A floor is the
 counted arithmetic at the speed of the fastest matrix product found here or, in decoding, the time to read the
-weights if that is longer. HF is Hugging Face's captioner of the same sizes, but with cross-attention to all
-197 tokens of the ViT in all 12 blocks, where ours has it to 64 in 3. lib/baselines.py describes the original;
-the first and the last word of its captions are timed.
+weights if that is longer. HF is Hugging Face's captioner of the same sizes, but with 12 cross-attentions to
+197 tokens, where ours has 3 to 64. The original (lib/baselines.py) is timed at its first and last word.
 """
+
+if __name__ == "__main__":
+    import lib.threads  # noqa: F401  before torch
 
 import copy
 import itertools
@@ -19,7 +21,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import types
 from concurrent.futures import ProcessPoolExecutor
@@ -35,10 +36,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
-from data import CaptionSet, cached_features
+from data import CaptionSet
 from decoding import DecodingConfig
-from lib import cli, runs
+from lib import cli
 from lib.baselines import hugging_face, hugging_face_captions, original_training, original_word
+from lib.runs import peak_memory
 from model import VisionGPT, VisionGPTConfig
 from train import TrainConfig, configure_optimizer, place_model, set_dropout, train_step, training_batches
 
@@ -61,14 +63,6 @@ def time_interleaved(contenders: dict, repeats: int, device: torch.device, label
         wait()
         seconds[name].append(time.perf_counter() - start)
     return {name: np.median(values[1:]) for name, values in seconds.items()}
-
-
-def peak_memory(device: torch.device) -> float:
-    """Gigabytes, at most so far: allocated on the GPU, else resident in this process."""
-    if device.type == "cuda" or not os.path.exists("/proc/self/status"):
-        return runs.peak_memory(device)
-    # on Linux getrusage counts what the parent held when it started this process
-    return int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0]) * 1024 / 1e9
 
 
 def count_flops(run) -> int:
@@ -155,8 +149,8 @@ def caption(device, quick):
         for name, s in seconds.items():
             row = {"batch": batch, "beams": beams, "what": name, "seconds": s, "images/s": batch / s}
             if name in DTYPES:
-                row["share of floor"] = caption_floor(
-                    model, name, batch * encoding, batch * decoding, device) / s
+                floor = caption_floor(model, name, batch * encoding, batch * decoding, device)
+                row["share of floor"] = floor / s
                 for other in (f"HF {name.replace('int8', 'bf16')}", "original"):
                     if other in seconds:
                         row[f"times {other.split()[0]}"] = seconds[other] / s
@@ -200,8 +194,14 @@ def training_flops(config: VisionGPTConfig) -> float:
     return count_flops(lambda: model(tokens, model.encode(features=features), tokens)[1].backward()) / 5
 
 
+def alone(function, *args):
+    """What the function returns, called in a process that does nothing else."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
 def time_training(name, device, size, steps, repeats):
-    """Seconds of a training step, and gigabytes at most, in a process that does nothing else."""
+    """Seconds of a training step, and gigabytes at most."""
     start = original_training if name == "original" else partial(fusion_training, kind=name)
     take = start(random_model(), device, batch_size=size)
     seconds = time_interleaved({"": partial(take, steps)}, repeats, device, name)[""]
@@ -213,8 +213,7 @@ def train(device, quick):
     cases = {"original": (2 if quick else 16, 1), "fp32": ours, "bf16": ours}
     rows, flops, repeats = [], training_flops(VisionGPTConfig()), 1 if quick else 3
     for name, (size, steps) in cases.items():
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            s, memory = process.submit(time_training, name, device, size, steps, repeats).result()
+        s, memory = alone(time_training, name, device, size, steps, repeats)
         captions = size if name == "original" else 5 * size
         rows.append({"what": name, "captions": captions, "s": s, "captions/s": captions / s, "GB": memory})
         if name != "original":
@@ -223,31 +222,35 @@ def train(device, quick):
     return {f"A training step, {flops / 1e9:.2f} GFLOP per caption of 13 tokens": rows}
 
 
-def features(device, quick):
-    """Caching ViT features as train.py does."""
-    model, count = random_model(), 24 if device.type == "cpu" else 1024
-    S = model.config.vit.image_size
-    flops = count * count_flops(lambda: model.features(torch.zeros(1, 3, S, S)))
-    images = np.random.default_rng(0).integers(256, size=(count, S, S, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        def cache(kind, vit):                       # under a new name, or the features would be found
-            data = types.SimpleNamespace(images=images, folder=folder)
-            cached_features(vit, data, str(time.perf_counter()), device, DTYPES[kind])
-
-        ways = {kind: partial(cache, kind, variant(model, kind, device).vit) for kind in ("fp32", "bf16")}
-        seconds = time_interleaved(ways, 3, device, "features")
-    rows = [{"what": kind, "ms an image": 1000 * s / count,
-             "share of floor": flops / peak_throughput(kind, device) / s} for kind, s in seconds.items()]
-    return {"Caching ViT features": rows}
-
-
 def startup(device, quick):
-    commands = {"import torch": ["-c", "import torch"], "sample.py --help": ["sample.py", "--help"],
+    commands = {"import torch": ["-c", "import torch"],
                 "sample.py, the bundled model": ["sample.py", "--checkpoint", "assets/mini"]}
     ways = {name: partial(subprocess.run, [sys.executable, *args], cwd=ROOT, check=True, capture_output=True)
             for name, args in commands.items()}
-    return {"Start-up": [{"what": name, "seconds": s}
-                         for name, s in time_interleaved(ways, 3, CPU, "start-up").items()]}
+    seconds = time_interleaved(ways, 1 if quick else 3, CPU, "start-up")
+    return {"Start-up": [{"what": name, "seconds": s} for name, s in seconds.items()]}
+
+
+def time_caption(kind, device, repeats):
+    """Seconds of a greedy caption, and gigabytes at most."""
+    model, S = variant(random_model(), kind, device), VisionGPTConfig().vit.image_size
+    ways = {"": partial(our_captions, model, torch.randn(1, 3, S, S), 1)}
+    return time_interleaved(ways, repeats, device, kind)[""], peak_memory(device)
+
+
+def busy(device, quick):
+    """In bfloat16, alone and beside a process that takes all of one core."""
+    rows, repeats = [], 2 if quick else 5
+    jobs = {"a caption": (time_caption, "bf16", device, repeats),
+            "a training step, 16 images": (time_training, "bf16", device, 16, 1, repeats)}
+    for what, job in jobs.items():
+        seconds = []
+        for other in ("pass", "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"):
+            process = subprocess.Popen([sys.executable, "-c", other])     # ends with this one at the latest
+            seconds.append(alone(*job)[0])
+            process.kill()
+        rows.append({"what": what, "s": seconds[0], "s beside": seconds[1], "times": seconds[1] / seconds[0]})
+    return {f"Beside a busy core, OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY')}": rows}
 
 
 def machine_name(device: torch.device) -> str:
@@ -267,7 +270,7 @@ def markdown(title: str, rows: list[dict]) -> str:
     return "\n".join([f"\n{title}\n", *(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)])
 
 
-SECTIONS = {section.__name__: section for section in (machine, caption, train, features, startup)}
+SECTIONS = {section.__name__: section for section in (machine, caption, train, startup, busy)}
 
 
 @dataclass
@@ -275,15 +278,13 @@ class BenchConfig:
     quick: bool = cli.flag(False, "the machine, captions and training alone, with fewer cases, repeated less")
     only: str | None = cli.flag(None, "one section", choices=list(SECTIONS))
     device: str = cli.flag("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    json: str | None = cli.flag(None, "write all numbers; without FILE to stdout, instead of the tables",
-                            metavar="FILE", const="-")
+    json: str | None = cli.flag(None, "write all numbers; without FILE to stdout", metavar="FILE", const="-")
 
 
 def main(args=None):
     cfg = BenchConfig(**cli.parse(BenchConfig, __doc__, args))
     cli.check_outputs(cfg, "json")
-    device, started = cli.pick_device(cfg.device), time.monotonic()
-    device = device if device.type == "cuda" else CPU
+    device = CPU if cfg.device == "auto" and not torch.cuda.is_available() else cli.pick_device(cfg.device)
     log = partial(print, file=sys.stderr if cfg.json == "-" else sys.stdout, flush=True)
     results = {"machine": machine_name(device)}
     log(results["machine"])
@@ -291,7 +292,6 @@ def main(args=None):
         for title, rows in SECTIONS[name](device, cfg.quick).items():
             results[title] = rows
             log(markdown(title, rows))
-    log(f"\ntook {cli.clock(time.monotonic() - started)}")
     if cfg.json:
         cli.write_text(cfg.json, json.dumps(results, indent=1))
 

@@ -39,7 +39,7 @@ DOWNLOADS = {                                # file -> (address, SHA-256 or its 
     "gpt2/merges.txt": (f"{HUB}/openai-community/gpt2/resolve/main/merges.txt",
                         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")}
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "fusion.safetensors",
-                    "training_state.pt", "README.md")
+                    "drafts.safetensors", "training_state.pt", "README.md")
 GPT2_VOCAB_SIZE = 50257
 VIT_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}        # by width, where the source does not say
 GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}

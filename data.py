@@ -12,7 +12,7 @@ from PIL import Image
 
 import fast
 from lib import checkpoint, cli, records
-from lib.cli import UserError, load_ahead  # noqa: F401
+from lib.cli import UserError
 from lib.images import normalize, resize
 from lib.prepared_set import clean_caption, damaged, encode_captions, read_array, read_index, read_meta
 from tokenizer import Tokenizer, pack_captions

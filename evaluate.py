@@ -10,6 +10,9 @@ Scores are those of coco-caption, on its scales; papers print them times 100. Re
 they came with the pictures. Loss and perplexity are over all their tokens, end token included.
 """
 
+if __name__ == "__main__":
+    import lib.threads  # noqa: F401  before torch
+
 import json
 import math
 import sys

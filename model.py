@@ -14,6 +14,7 @@ from decoding import DecodingConfig, decode
 from gpt2 import GPT2, GPT2Config, KVCache, packed_mask
 from lib import checkpoint
 from lib.cli import UserError, nearest, pick_device
+from lib.drafts import read_drafts, write_drafts
 from lib.images import load_image, preprocess
 from resampler import CrossAttention, PerceiverResampler, ResamplerConfig
 from tokenizer import Tokenizer, pack_captions
@@ -48,6 +49,7 @@ class VisionGPT(nn.Module):
         self.config = config = config or VisionGPTConfig()
         self.tokenizer = tokenizer
         self.backbones = {}                 # {"vit": file, "gpt2": file} where they were loaded from files
+        self.drafts = None                  # lib/drafts.py's table of the training captions
         width, dropout = config.gpt2.n_embd, config.resampler.dropout
         self.vit = vit or ViT(config.vit)
         self.gpt2 = gpt2 or GPT2(config.gpt2)
@@ -225,10 +227,10 @@ class VisionGPT(nn.Module):
         dtype, length = self.gpt2.wpe.weight.dtype, start.shape[1] + config.max_length
         cache = KVCache(self.config.gpt2, B, length, self.device, dtype)
 
-        def step(tokens: Tensor) -> Tensor:
-            return self.gpt2.logits(self.hidden(tokens, cross_kv, cache=cache)[:, -1])
+        def step(tokens: Tensor, last: int = 1) -> Tensor:
+            return self.gpt2.logits(self.hidden(tokens, cross_kv, cache=cache)[:, -last:])
 
-        return decode(step, cache.select, start, config, self.eos_id, generator)
+        return decode(step, cache, start, config, self.eos_id, generator, self.drafts)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises UserError when there is none, or one of another size than the vocabulary."""
@@ -262,6 +264,7 @@ class VisionGPT(nn.Module):
         model = checkpoint.build_empty(cls, VisionGPTConfig, config["model"], folder)
         if (folder / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.load(folder)
+        model.drafts = read_drafts(folder, model.eos_id + 1)
         if config["backbones"]:
             tensors = checkpoint.read_tensors(folder / "fusion.safetensors")
             for name, record in config["backbones"].items():
@@ -289,6 +292,7 @@ class VisionGPT(nn.Module):
         checkpoint.write_tensors(file, tensors)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
+        write_drafts(folder, self.drafts)
         checkpoint.write_config(folder, asdict(self.config), training, backbones)
 
 

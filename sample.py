@@ -11,14 +11,15 @@ Pictures come in natural order, img2 before img10. One that cannot be read is re
 are captioned, and the exit status is 1.
 """
 
+if __name__ == "__main__":
+    import lib.threads  # noqa: F401  before torch
+
 import csv
 import itertools
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,26 +105,14 @@ def read_picture(source: str, size: int, draw: bool) -> Picture:
     return Picture(source, "", resize(image, size), figures.fit(image, 448) if draw else None)
 
 
-def read_pictures(sources: list[str], size: int, drawn: int, ahead: int) -> Iterator[Picture]:
-    """Each source in turn, read by threads while the model works, at most `ahead` of them in advance."""
-    pool, waiting = ThreadPoolExecutor(8), deque()
-    try:
-        for i, source in enumerate(sources):
-            waiting.append(pool.submit(read_picture, source, size, i < drawn))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def caption_pictures(model: VisionGPT, sources: list[str], config: SampleConfig) -> Iterator[Picture]:
     """A Picture for each source in turn, captioned batch by batch; one that cannot be read has an `error`."""
     generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
     prompt, n = model.require_tokenizer().encode(config.prompt), config.num_return_sequences
     drawn = DRAWN if config.save or config.attention else 0
-    pictures = read_pictures(sources, model.config.vit.image_size, drawn, config.batch_size)
+    size = model.config.vit.image_size
+    pictures = cli.load_ahead(lambda i: read_picture(sources[i], size, i < drawn), range(len(sources)),
+                              threads=8, ahead=config.batch_size)
     while batch := list(itertools.islice(pictures, config.batch_size)):
         if readable := [p for p in batch if not p.error]:
             images = model.preprocess([p.pixels for p in readable])

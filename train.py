@@ -7,6 +7,9 @@
     torchrun --nproc-per-node 2 train.py --batch-size 16 --grad-accumulation 2     # on two GPUs: the same run
 """
 
+if __name__ == "__main__":
+    import lib.threads  # noqa: F401  before torch
+
 import contextlib
 import functools
 import math
@@ -25,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fast
 import prepare_shapes
-from data import CaptionSet, ImageInputs, collate, epoch_batches, load_ahead, pin, to_device
+from data import CaptionSet, ImageInputs, collate, epoch_batches, pin, to_device
 from decoding import DecodingConfig
 from gpt2 import GPT2Config
 from lib import checkpoint, cli, distributed, figures
@@ -112,7 +115,7 @@ FROZEN = {"fusion": ("vit", "gpt2"), "text": ("vit",), "all": ()}               
 
 PRESETS = {
     "flickr8k": {},
-    "mini": dict(train="text", batch_size=64, captions_per_image=2, epochs=20, learning_rate=1e-3,
+    "mini": dict(train="text", batch_size=64, captions_per_image=2, epochs=12, learning_rate=1e-3,
                  min_lr=1e-5, weight_decay=0.05, dropout=0.2, word_dropout=0.2, label_smoothing=0.1,
                  eval_images=1000, eval_captions=1000, log_interval=50),
     "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=3, learning_rate=1e-3, min_lr=1e-5,
@@ -286,7 +289,7 @@ def training_batches(data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig,
             batches.append(pin(batch) if inputs.device.type == "cuda" else batch)
         return batches
 
-    return load_ahead(micro_batches, steps)
+    return cli.load_ahead(micro_batches, steps)
 
 
 def batch_loss(model: VisionGPT, batch: dict, amp: torch.dtype | None, label_smoothing: float = 0.0,

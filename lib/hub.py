@@ -9,7 +9,8 @@ from lib import download, records
 from lib.cli import UserError
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-SETTINGS = ("config.json", "preprocessor_config.json", "tokenizer.json", "merges.txt", "vocab.bpe")
+SETTINGS = ("config.json", "preprocessor_config.json", "tokenizer.json", "merges.txt", "vocab.bpe",
+            "drafts.safetensors")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "fusion.safetensors", "pytorch_model.bin",
            "pytorch_model.bin.index.json", "model_fp32/model_checkpoint.pth")       # the first that is there
 

@@ -20,7 +20,7 @@ from lib.cli import UserError
 
 # files that a new run must not overwrite silently, and what else it writes
 RUN_FILES = ("training_state.pt", "config.json", "fusion.safetensors", "model.safetensors")
-ALL_FILES = (*RUN_FILES, "tokenizer.json", "log.jsonl", "loss.png", "samples.png")
+ALL_FILES = (*RUN_FILES, "tokenizer.json", "drafts.safetensors", "log.jsonl", "loss.png", "samples.png")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,8 +93,11 @@ def test_sections_run_and_tell_shares_of_the_floor(monkeypatch):
     assert [row["what"] for row in rows] == [*names, "original", *names]
     assert all(row["share of floor"] > 0 for row in rows if row["what"] in bench.DTYPES)
     assert rows[0]["times HF"] == rows[3]["seconds"] / rows[0]["seconds"]
-    (rows,) = bench.features(CPU, quick=True).values()
-    assert [row["what"] for row in rows] == names[:2] and all(row["share of floor"] > 0 for row in rows)
+    monkeypatch.setattr(bench, "time_training", lambda *args: (0.25, 0.0))
+    monkeypatch.setattr(bench, "VisionGPTConfig", lambda: CONFIG)
+    monkeypatch.setattr(bench, "alone", lambda function, *args: function(*args))
+    (rows,) = bench.busy(CPU, quick=True).values()
+    assert rows[0]["s"] > 0 and [rows[1][name] for name in ("s", "s beside", "times")] == [0.25, 0.25, 1]
 
 
 @torch.inference_mode()
@@ -147,8 +149,7 @@ def test_contenders_run_in_turn_and_medians_are_taken(monkeypatch):
 
 def test_memory_of_a_process_is_its_own():
     ballast = torch.ones(2**27)                                   # half a gigabyte
-    with bench.ProcessPoolExecutor(1, bench.get_context("spawn")) as process:
-        peak = process.submit(bench.peak_memory, CPU).result()
+    peak = bench.alone(bench.peak_memory, CPU)
     assert 0 < peak < bench.peak_memory(CPU) - ballast.nbytes / 2e9
 
 
@@ -156,7 +157,7 @@ def test_training_is_compared_by_captions(monkeypatch):
     """The original takes a second for a step of 16 captions, ours for one of 80."""
     calls = []
     monkeypatch.setattr(bench, "time_training", lambda *args: calls.append(args) or (1.0, 2.0))
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
+    monkeypatch.setattr(bench, "alone", lambda function, *args: function(*args))
     (rows,) = bench.train(CPU, quick=False).values()
     assert [args[0] for args in calls] == ["original", "fp32", "bf16"]
     assert [row["captions/s"] for row in rows] == [16, 80, 80] and rows[1]["times original"] == 5

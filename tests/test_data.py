@@ -23,11 +23,10 @@ from data import (
     cached_features,
     collate,
     epoch_batches,
-    load_ahead,
     read_pixels,
     to_device,
 )
-from lib import checkpoint
+from lib import checkpoint, cli
 from lib.cli import UserError
 from lib.images import normalize, preprocess, resize
 from lib.prepared_set import clean_caption, write_images, write_set
@@ -243,8 +242,8 @@ def test_collate_draws_so_many_captions_of_each_image(prepared):
 
 
 def test_load_ahead_keeps_order_and_passes_errors_on():
-    assert list(load_ahead(lambda n: n * n, range(5))) == [0, 1, 4, 9, 16]
-    assert list(load_ahead(None, range(0))) == []
+    assert list(cli.load_ahead(lambda n: n * n, range(5))) == [0, 1, 4, 9, 16]
+    assert list(cli.load_ahead(None, range(0))) == []
 
     def fail(n):
         if n == 2:
@@ -252,7 +251,7 @@ def test_load_ahead_keeps_order_and_passes_errors_on():
         return n
     seen = []
     with pytest.raises(UserError, match="no more"):
-        for n in load_ahead(fail, range(4)):
+        for n in cli.load_ahead(fail, range(4)):
             seen.append(n)
     assert seen == [0, 1]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,13 +136,14 @@ def test_beam_search_with_room_for_all_texts_finds_the_best(length_penalty, max_
 def table_model(*rows):
     """A step function whose logits depend on the newest token alone. The last id is the end."""
     table = torch.tensor(rows)
-    return lambda tokens: table[tokens[:, -1]]
+    return lambda tokens: table[tokens[:, -1:]]
 
 
 def from_table(rows, start, **config):
     from decoding import decode
     config = DecodingConfig(**config)
-    return decode(table_model(*rows), lambda rows: None, torch.tensor([start]), config, len(rows) - 1)[0][0]
+    cache = SimpleNamespace(select=lambda rows: None)                        # there is nothing to keep
+    return decode(table_model(*rows), cache, torch.tensor([start]), config, len(rows) - 1)[0][0]
 
 
 def test_beam_search_waits_for_an_unlikely_text_that_its_length_makes_the_best():

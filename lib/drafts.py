@@ -1,0 +1,71 @@
+"""Drafts: the likeliest next token after the last few ones, as counted in the training captions."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.checkpoint import read_tensors, write_tensors
+from lib.cli import UserError
+
+FILE = "drafts.safetensors"
+CONTEXT = 5                            # tokens at most that a guess follows from
+PRIME, LARGEST = 2**31 - 1, 2**22      # keys are below PRIME; entries of a table at most
+
+
+def extend(key, token):
+    """The key of a context that goes back one token further; that two contexts share one is rare."""
+    return (key * 1_000_003 + token + 1) % PRIME
+
+
+def count_drafts(captions_of: list[list], eos_id: int) -> dict[int, int]:
+    """The tokens of each image's captions -> {key of a context: the token that follows it most often}.
+
+    Without contexts that occur once, or say what a shorter one says.
+    """
+    captions = [caption for captions in captions_of for caption in captions]
+    text = np.concatenate([part for caption in captions for part in ([eos_id], caption)] + [[eos_id]])
+    table, key, guess, V = {}, np.zeros(len(text), np.int64), np.full(len(text), -1), eos_id + 1
+    for n in range(1, CONTEXT + 1):                  # place i: the context text[i : i + n], then text[i + n]
+        key, guess = extend(key[1:], text[:-n]), guess[1:]
+        pairs, count = np.unique(key * V + text[n:], return_counts=True)
+        pairs = pairs[count > 1][np.argsort(count[count > 1], kind="stable")]
+        best = dict(zip((pairs // V).tolist(), (pairs % V).tolist()))     # the last, most frequent, stays
+        found = np.array([best.get(k, -1) for k in key.tolist()])
+        new = (found >= 0) & (found != guess)
+        table |= dict(zip(key[new].tolist(), found[new].tolist()))
+        guess = np.where(new, found, guess)
+    return table
+
+
+def guess_next(table: dict[int, int], text: list[int], most: int, eos_id: int) -> list[int]:
+    """What may follow `text`, at most so many tokens: each after the longest context that the table knows."""
+    guess = []
+    while len(guess) < most:
+        key, token = 0, eos_id
+        for last in reversed((text + guess)[-CONTEXT:]):
+            key = extend(key, last)
+            token = table.get(key, token)
+        if token == eos_id:                                          # nothing follows the end
+            break
+        guess.append(token)
+    return guess
+
+
+def write_drafts(folder: Path, table: dict[int, int] | None) -> None:
+    """Write the table into a checkpoint folder; with None there shall be none."""
+    (folder / FILE).unlink(missing_ok=True)
+    if table is not None:
+        rows = torch.tensor([list(table), list(table.values())], dtype=torch.int32)
+        write_tensors(folder / FILE, {"drafts": rows})
+
+
+def read_drafts(folder: Path, vocab_size: int) -> dict[int, int] | None:
+    """The table in a checkpoint folder, if any. Raises UserError unless it is of such a vocabulary."""
+    if not (folder / FILE).exists():
+        return None
+    rows = read_tensors(folder / FILE).get("drafts", torch.empty(0))
+    if rows.dtype != torch.int32 or rows.shape != (2, min(rows.shape[-1], LARGEST)) or not (
+            (rows >= 0) & (rows < torch.tensor([[PRIME], [vocab_size]]))).all():
+        raise UserError(f"{folder / FILE} is not of this model: delete it, captions will only take longer")
+    return dict(zip(*rows.tolist()))

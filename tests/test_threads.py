@@ -1,0 +1,32 @@
+"""How OpenMP's threads wait is settled before torch is loaded, by the scripts alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SETTINGS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+GIVEN = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+
+
+def policy_when_torch_is_loaded(tmp_path, args, **environment):
+    (tmp_path / "torch.py").write_text("import os, sys\nsys.exit(f\"{os.environ.get('OMP_WAIT_POLICY')}\")")
+    path = f"{ROOT}{os.pathsep}{tmp_path}"
+    done = subprocess.run([sys.executable, *args], env=GIVEN | {"PYTHONPATH": path} | environment,
+                          capture_output=True, text=True)
+    return done.stderr.strip()
+
+
+@pytest.mark.parametrize("script", ["sample", "train", "evaluate", "bench"])
+def test_scripts_let_waiting_threads_sleep_unless_told_otherwise(script, tmp_path):
+    args = [str(ROOT / f"{script}.py"), "--help"]
+    assert policy_when_torch_is_loaded(tmp_path, args) == "passive"
+    assert policy_when_torch_is_loaded(tmp_path, args, OMP_WAIT_POLICY="active") == "active"
+    assert policy_when_torch_is_loaded(tmp_path, args, GOMP_SPINCOUNT="7") == "None"
+
+
+def test_importing_the_library_or_a_script_settles_nothing(tmp_path):
+    for module in ("model", "sample"):
+        assert policy_when_torch_is_loaded(tmp_path, ["-c", f"import {module}"]) == "None"
