@@ -256,8 +256,7 @@ class VisionGPT(nn.Module):
         """A checkpoint folder or hub name, by default what sample.py would choose -> the model in eval mode.
 
         `dtype` None is float32 on the CPU and the stored one on a GPU; `weights` is a further folder to look
-        for frozen backbones in. Raises UserError when something is missing, damaged, or not what the fusion
-        was trained with.
+        for frozen backbones in. Raises UserError if they are missing, damaged or not those of training.
         """
         folder, device = checkpoint.find_checkpoint(folder), pick_device(device)
         config = checkpoint.read_config(folder)
