@@ -77,7 +77,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         past = k.shape[2] - T
-        if mask is None and past and T > 1:          # is_causal would align the triangle at the top left
+        if mask is None and T > 1 and past:          # is_causal would align the triangle at the top left
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.c_proj(x.transpose(1, 2).reshape(B, T, C))
