@@ -94,12 +94,12 @@ def epoch_batches(data: CaptionSet, images: np.ndarray, batch_size: int, seed: i
                   epoch: int) -> list[np.ndarray]:
     """The batches of an epoch, image indices each: an order that depends on (seed, epoch) alone.
 
-    Within batch_size**2 shuffled images, they are sorted by the length of their rows before they are cut into
-    batches, so that a batch pads little; small batches, which need all kinds of images, are sorted less.
+    Within batch_size / 4 shuffled batches, images are sorted by the length of their rows before they are cut, so
+    that a batch pads little; small batches, which need images of all kinds, are sorted less or not at all.
     """
     rng = np.random.default_rng([seed, epoch])
     images = rng.permutation(images)
-    lengths, pool = data.row_lengths(images), batch_size**2
+    lengths, pool = data.row_lengths(images), max(1, batch_size // 4) * batch_size
     order = np.concatenate([start + np.argsort(lengths[start : start + pool], kind="stable")
                             for start in range(0, len(images), pool)])
     batches = [images[order[i : i + batch_size]] for i in range(0, len(images), batch_size)]
