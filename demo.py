@@ -82,8 +82,8 @@ def caption(model: VisionGPT, image: Image.Image, query: str = "") -> list[dict]
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed % 2**63)
     images = model.preprocess([image])
     rows, scores = model.generate_tokens(options, prompt, images, generator=generator)
-    found = [dict(text=model.tokenizer.decode(prompt + row).strip(), score=score)
-             for row, score in zip(rows, scores)]
+    texts = [model.tokenizer.decode(prompt + row).strip() for row in rows]
+    found = [dict(text=text, score=score) for text, score in zip(texts, scores)]
     if attention:
         tokens, _, _ = pack_captions([[prompt + row] for row in rows], model.eos_id)            # (G, T)
         maps = model.attention_maps(images, tokens)                                  # (1, G * T, h, w)
@@ -108,8 +108,6 @@ class Page(Handler):
         else:
             self.reply(404, dict(error="there is no such page"))
 
-    do_HEAD = do_GET
-
     def do_POST(self):
         url, server = urlsplit(self.path), self.server
         if not self.accepts():
@@ -119,8 +117,7 @@ class Page(Handler):
         if not server.places.acquire(blocking=False):
             return self.reply(503, dict(error="too many pictures are waiting: try again in a minute"))
         try:
-            image = load_image(BytesIO(self.read_body()))
-            image = resize(image, server.model.config.vit.image_size)
+            image = resize(load_image(BytesIO(self.read_body())), server.model.config.vit.image_size)
             with server.lock, cli.out_of_memory("ask for fewer beams"):
                 start = time.monotonic()
                 captions = caption(server.model, image, url.query)
