@@ -94,8 +94,8 @@ def epoch_batches(data: CaptionSet, images: np.ndarray, batch_size: int, seed: i
                   epoch: int) -> list[np.ndarray]:
     """The batches of an epoch, image indices each: an order that depends on (seed, epoch) alone.
 
-    Within batch_size / 4 shuffled batches, images are sorted by the length of their rows before they are cut, so
-    that a batch pads little; small batches, which need images of all kinds, are sorted less or not at all.
+    Within batch_size / 4 shuffled batches, images are sorted by the length of their rows before they are cut,
+    so that a batch pads little; small batches, which need images of all kinds, are sorted less or not at all.
     """
     rng = np.random.default_rng([seed, epoch])
     images = rng.permutation(images)
