@@ -9,6 +9,9 @@
 temperature, prompt ...), `seed`, and `attention=1` for where the model looked. Nothing is stored.
 """
 
+if __name__ == "__main__":
+    import lib.threads  # noqa: F401  before torch
+
 import mimetypes
 import os
 import threading

@@ -19,7 +19,7 @@ def policy_when_torch_is_loaded(tmp_path, args, **environment):
     return done.stderr.strip()
 
 
-@pytest.mark.parametrize("script", ["sample", "train", "evaluate", "bench"])
+@pytest.mark.parametrize("script", ["sample", "train", "evaluate", "demo", "bench"])
 def test_scripts_let_waiting_threads_sleep_unless_told_otherwise(script, tmp_path):
     args = [str(ROOT / f"{script}.py"), "--help"]
     assert policy_when_torch_is_loaded(tmp_path, args) == "passive"
