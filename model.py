@@ -46,8 +46,7 @@ class VisionGPT(nn.Module):
                  vit: ViT | None = None, gpt2: GPT2 | None = None):
         super().__init__()
         self.config = config = config or VisionGPTConfig()
-        self.tokenizer = tokenizer
-        self.backbones = {}                 # {"vit": file, "gpt2": file} where they were loaded from files
+        self.tokenizer, self.backbones = tokenizer, {}      # {"vit": file, "gpt2": file} if read from files
         width, dropout = config.gpt2.n_embd, config.resampler.dropout
         self.vit = vit or ViT(config.vit)
         self.gpt2 = gpt2 or GPT2(config.gpt2)
