@@ -33,6 +33,7 @@ from decoding import DecodingConfig
 from gpt2 import GPT2Config
 from lib import checkpoint, cli, distributed, figures
 from lib.cli import UserError, flag
+from lib.drafts import count_drafts
 from lib.metrics import Reward, score
 from lib.prepared_set import clean_caption
 from lib.runs import RUN_FILES, Log, TrainState, cpu_threads, peak_memory, read_state, run_folder, stop_signal
@@ -502,6 +503,7 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
             if cfg.preset == "shapes" and not Path(cfg.data, "meta.json").exists():
                 prepare_shapes.prepare(prepare_shapes.ShapesConfig(out=cfg.data))
             model, data = build_model(cfg)
+            model.drafts = count_drafts(data.caption_tokens(data.split("train")), model.eos_id)
             n_train, _ = len(data.split("train")), data.split("val")  # both must hold something
             hashes = input_hashes(model, data)
             inputs = place_model(model, data, cfg, device, amp)
