@@ -118,15 +118,15 @@ PRESETS = {
     "flickr8k": {},
     "mini": dict(train="text", batch_size=64, captions_per_image=2, epochs=12, learning_rate=1e-3,
                  min_lr=1e-5, weight_decay=0.05, dropout=0.2, word_dropout=0.2, label_smoothing=0.1,
-                 eval_images=1000, eval_captions=1000, log_interval=50),
+                 eval_interval=376, eval_images=1000, eval_captions=1000, log_interval=50),
     "shapes": dict(data="data/shapes", train="all", batch_size=8, epochs=3, learning_rate=1e-3, min_lr=1e-5,
                    dropout=0.0, eval_interval=1000, eval_images=200, save_interval=500, log_interval=100,
                    threads=1),         # layers so small that a second thread costs more than it gains
 }
 # in place of the preset's with --self-critical
-SELF_CRITICAL = dict(epochs=2, learning_rate=5e-5, min_lr=5e-6, warmup_steps=20, dropout=0.0,
-                     word_dropout=0.0, label_smoothing=0.0, eval_interval=50, eval_images=1000,
-                     eval_captions=1000, select="CIDEr")
+SELF_CRITICAL = dict(epochs=2, learning_rate=2e-4, min_lr=1e-5, warmup_steps=5, dropout=0.0, word_dropout=0.0,
+                     label_smoothing=0.0, eval_interval=94, eval_images=500, eval_captions=500,
+                     select="CIDEr")
 # may differ between a run and its --resume; the first two move the end of the learning rate's cosine
 RESUMABLE = ("epochs", "max_steps", "eval_interval", "save_interval", "log_interval", "device", "tracker",
              "num_samples", "resume")

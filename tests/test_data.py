@@ -197,10 +197,10 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone():
 
 def test_batches_pad_little_and_come_in_no_order_of_length():
     lengths, data = lengths_alone(2000)
-    parts = epoch_batches(data, np.arange(2000), 16, 0, 0)
+    parts = epoch_batches(data, np.arange(2000), 32, 0, 0)
     padded = sum(len(part) * lengths[part].max() for part in parts)
-    assert padded < 1.05 * lengths.sum()
-    shuffled = np.array_split(np.random.default_rng(1).permutation(2000), 125)
+    assert padded < 1.1 * lengths.sum()
+    shuffled = np.array_split(np.random.default_rng(1).permutation(2000), 63)
     assert sum(len(part) * lengths[part].max() for part in shuffled) > 1.5 * lengths.sum()
     tops = np.array([lengths[part].max() for part in parts])
     assert abs(np.corrcoef(tops[1:], tops[:-1])[0, 1]) < 0.3

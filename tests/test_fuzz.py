@@ -103,7 +103,7 @@ def test_beam_search_with_room_for_all_finds_the_best_text(seed, max_length, len
     table = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)) * 3  # (last token, next token)
 
     def step(tokens):
-        return table[tokens[:, -1]].clone()
+        return table[tokens[:, -1:]].clone()
 
     logprobs, score_of = table.double().log_softmax(-1), {}
     for length in range(max_length + 1):
@@ -116,7 +116,8 @@ def test_beam_search_with_room_for_all_finds_the_best_text(seed, max_length, len
         max_length=max_length,
         length_penalty=length_penalty,
     )
-    texts, scores = beam_search(step, lambda rows: None, torch.tensor([[EOS]]), config, EOS)
+    cache = SimpleNamespace(select=lambda rows: None)
+    texts, scores = beam_search(step, cache, torch.tensor([[EOS]]), config, EOS)
     best = sorted(score_of.values(), reverse=True)
     for text, score, wanted in zip(texts, scores, best):
         assert math.isclose(score, wanted, abs_tol=1e-4)

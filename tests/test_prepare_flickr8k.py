@@ -444,7 +444,7 @@ JSON = st.recursive(SCALARS, lambda inner: (
 @settings(deadline=None)
 @given(JSON, st.sampled_from(["json", "jsonl"]))
 def test_json_of_any_shape_gives_captions_or_one_line(content, suffix):
-    file = File(f"x.{suffix}", lambda: io.BytesIO(json.dumps(content).encode()), (0,))
+    file = File(f"x.{suffix}", lambda: io.BytesIO(json.dumps(content).encode()), 0)
     try:
         captions, *_, broken = read_captions([file])
     except UserError as error:
@@ -459,7 +459,7 @@ def test_json_of_any_shape_gives_captions_or_one_line(content, suffix):
        st.sampled_from(["txt", "json", "jsonl"]), st.sampled_from([b"", b"image,caption\n", b"1.jpg#0\t"]))
 def test_any_bytes_give_captions_or_one_line(content, suffix, beginning):
     try:
-        read_captions([File(f"x.{suffix}", lambda: io.BytesIO(beginning + content), (0,))])
+        read_captions([File(f"x.{suffix}", lambda: io.BytesIO(beginning + content), 0)])
     except UserError as error:
         assert str(error).isprintable()
 

@@ -45,7 +45,7 @@ def test_readme_names_only_known_programs():
 
 SETTINGS = {"prepare_flickr8k.py": "PrepareConfig", "convert_weights.py": "ConvertConfig",
             "train.py": "TrainConfig", "sample.py": "SampleConfig", "evaluate.py": "EvaluateConfig",
-            "bench.py": "BenchConfig"}
+            "bench.py": "BenchConfig", "demo.py": "DemoConfig"}
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
@@ -68,7 +68,7 @@ def test_readme_first_command_captions_the_examples(tmp_path):
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0 and "assets/mini" in done.stderr, done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    assert len(rows) == 4 and all(len(caption.split()) > 3 for _, caption in rows)
+    assert len(rows) == 5 and all(len(caption.split()) > 3 for _, caption in rows)
     assert len({caption for _, caption in rows}) > 2
 
 

@@ -740,8 +740,8 @@ def test_a_run_leaves_the_best_model_and_its_pictures(base, config, capsys):
     assert losses[training["step"]] == best == training["val_loss"]
     assert training["photographs"] and training["preset"] == "flickr8k" and training["data"] == cfg.data
     names = {file.name for file in out.iterdir()}
-    assert names == {".lock", "config.json", "fusion.safetensors", "log.jsonl", "loss.png", "samples.png",
-                     "tokenizer.json", "training_state.pt"}
+    assert names == {".lock", "config.json", "drafts.safetensors", "fusion.safetensors", "log.jsonl",
+                     "loss.png", "samples.png", "tokenizer.json", "training_state.pt"}
     tensors = checkpoint.read_tensors(out / "fusion.safetensors")
     assert {name.split(".")[0] for name in tensors} == {"resampler", "xattn"} and all(
         t.dtype == torch.float32 for t in tensors.values())
@@ -768,7 +768,7 @@ def test_fine_tuning_starts_from_the_model_it_is_given(source, part, base, confi
                  dtype="bfloat16")
     train(cfg)
     form = "fusion.safetensors" if source == part == "fusion" else "model.safetensors"
-    assert [file.name for file in Path(cfg.out).glob("*.safetensors")] == [form]
+    assert {file.name for file in Path(cfg.out).glob("*.safetensors")} == {form, "drafts.safetensors"}
     model = VisionGPT.from_pretrained(cfg.out, device="cpu")
     assert flat(dict(model.state_dict())) == flat(dict(base.model.state_dict()))
 
