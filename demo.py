@@ -1,7 +1,6 @@
 """A page that captions pictures, in a browser: drop one, paste one, or take a photo.
 
-    python demo.py                                        # then open http://127.0.0.1:8000
-    python demo.py --checkpoint out/flickr8k --port 9000
+    python demo.py --checkpoint out/flickr8k              # then open http://127.0.0.1:8000
     python demo.py --host 0.0.0.0                         # for a phone, and everyone else, in this network
     curl --data-binary @dog.jpg "http://127.0.0.1:8000/caption?num_beams=5"
 
@@ -112,12 +111,12 @@ class Page(Handler):
             self.reply(404, dict(error="there is no such page"))
 
     def do_POST(self):
-        url, server = urlsplit(self.path), self.server
+        url, server, places = urlsplit(self.path), self.server, self.server.places
         if not self.accepts():
             return
         if url.path != "/caption":
             return self.reply(404, dict(error="pictures are posted to /caption"))
-        if not server.places.acquire(blocking=False):
+        if not places.acquire(blocking=False):
             return self.reply(503, dict(error="too many pictures are waiting: try again in a minute"))
         try:
             image = resize(load_image(BytesIO(self.read_body())), server.model.config.vit.image_size)
@@ -128,7 +127,7 @@ class Page(Handler):
         except UserError as error:
             self.reply(400, dict(error=str(error)))
         finally:
-            server.places.release()
+            places.release()
 
 
 def make_server(config: DemoConfig, model: VisionGPT, name: str) -> Server:
