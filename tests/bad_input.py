@@ -394,7 +394,8 @@ FREE_TEXT = {"text"}
 ACCEPTED = {
     # config.json
     "training": {"null", "object"}, "cross_attention": {"null"}, "model.vit.dropout": {"gone?"},
-    "mean.0": {"negative", "fraction"}, "std.0": {"fraction"}, "eps": {"fraction?"}, "cross_attention.0": set(), "backbones": {"object?"},
+    "mean.0": {"negative", "fraction"}, "std.0": {"fraction"}, "eps": {"fraction?"}, "cross_attention.0": set(),
+    "backbones": {"object?"}, "backbones.vit.file": {"text"}, "backbones.gpt2.file": {"text"}, "conv_stem": {"gone?"},
     "resize": {"text", "negative", "gone"}, "crop": {"text", "negative", "gone"},
     "filter": {"text", "negative", "gone"}, "transform": {"object"}, "path": {"text"},
     **{name: {"true"} for name in ("final_norm", "clean_captions", "scale_attn_weights")},
