@@ -209,7 +209,7 @@ def test_page_in_a_browser():
         tabs = [browser.new_page() for _ in range(2)]
         problems = []
         for tab in tabs:
-            tab.set_default_timeout(10_000)
+            tab.set_default_timeout(60_000)          # a busy machine
             tab.on("pageerror", lambda error: problems.append(str(error)))
             tab.goto(server.url)
         for tab in tabs:
