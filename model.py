@@ -3,6 +3,7 @@
 Letters: B images, G rows of text per image, T text positions, N patches, L latents, C width, V vocabulary.
 """
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -261,7 +262,7 @@ class VisionGPT(nn.Module):
         folder, device = checkpoint.find_checkpoint(folder), pick_device(device)
         config = checkpoint.read_config(folder)
         model = checkpoint.build_empty(cls, VisionGPTConfig, config["model"], folder)
-        if (folder / "tokenizer.json").exists():
+        if os.path.lexists(folder / "tokenizer.json"):
             model.tokenizer = Tokenizer.load(folder)
         model.drafts = read_drafts(folder, model.eos_id + 1)
         if config["backbones"]:
