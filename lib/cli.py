@@ -212,6 +212,8 @@ def naming(path) -> Iterator[None]:
 def atomic(path) -> Iterator[str]:
     """Yield a temporary path beside `path`; rename it there if the block ends well, else remove it."""
     path = os.path.realpath(path)                # a link stays one
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is a folder or a device and would be replaced: name another file")
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with naming(path):

@@ -1290,7 +1290,7 @@ def set_cases():
                            altered(assign(key, value, inner)), ERROR, RUN_OUTPUTS)
     some = next(iter(state["model"]))
     for label, change in {
-        "nan": lambda h: h["model"][some].fill_(float("nan")) and None, "step beyond": assign("step", 10**6),
+        "nan": lambda h: (h["model"][some].fill_(float("nan")), None)[1], "step beyond": assign("step", 10**6),
         "losses of text": assign("losses", ["x"]), "losses of nan": assign("losses", [float("nan")]),
         "losses of lists": assign("losses", [[1]]), "half": lambda h: h["model"].update({some: h["model"][some].double()}),
         "more": lambda h: h["model"].update({"more": torch.zeros(2)}), "unknown": assign("unknown", 1),

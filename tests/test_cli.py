@@ -193,6 +193,15 @@ def test_atomic_writes_through_a_link(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "far/file").read_text() == "one\n"
 
 
+def test_atomic_does_not_replace_a_device(tmp_path):
+    """A checkpoint whose model.safetensors was a link to /dev/zero made that a file, when root trained on."""
+    os.mkfifo(tmp_path / "device")
+    (tmp_path / "link").symlink_to("device")
+    with pytest.raises(UserError, match="would be replaced"):
+        cli.write_text(tmp_path / "link", "one")
+    assert (tmp_path / "device").is_fifo() and len(list(tmp_path.iterdir())) == 2
+
+
 @dataclass
 class Outputs:
     json: str | None = None
