@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 STRIDE, WIDTH = 16, 112                                # (B, 3, S, S) -> (B, 112, S / 16, S / 16)
+# of each stage: blocks, width, kernel, stride of the first block, expansion
 STAGES = ((1, 16, 3, 1, 1), (2, 24, 3, 2, 6), (2, 40, 5, 2, 6), (3, 80, 3, 2, 6), (3, 112, 5, 1, 6))
-# blocks, width, kernel, stride of the first block, expansion
 
 
 def conv(n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:

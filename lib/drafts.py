@@ -54,8 +54,9 @@ def guess_next(table: dict[int, int], text: list[int], most: int, eos_id: int) -
 
 def write_drafts(folder: Path, table: dict[int, int] | None) -> None:
     """Write the table into a checkpoint folder; with None there shall be none."""
-    (folder / FILE).unlink(missing_ok=True)
-    if table is not None:
+    if table is None:
+        (folder / FILE).unlink(missing_ok=True)
+    else:
         rows = torch.tensor([list(table), list(table.values())], dtype=torch.int32)
         write_tensors(folder / FILE, {"drafts": rows})
 
