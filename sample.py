@@ -6,9 +6,11 @@
     python sample.py dog.jpg --num-beams 5 --num-return-sequences 3
     python sample.py dog.jpg --attention look.png                 # where the model looked, word by word
     python sample.py photos/ --json captions.json --csv captions.csv --save grid.png
+    python sample.py "shards/*.tar" --out captions                # captions/X.jsonl for each shards/X.tar
+    torchrun --nproc-per-node 2 sample.py "shards/*.tar"          # two GPUs share the shards, or the pictures
 
 Pictures come in natural order, img2 before img10. One that cannot be read is reported on stderr, the others
-are captioned, and the exit status is 1.
+are captioned, and the exit status is 1. A shard whose captions are all written is not captioned again.
 """
 
 if __name__ == "__main__":
@@ -17,6 +19,7 @@ if __name__ == "__main__":
 import csv
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -28,10 +31,10 @@ from PIL import Image
 
 import fast
 from decoding import DecodingConfig
-from lib import checkpoint, cli, figures
+from lib import checkpoint, cli, distributed, figures
 from lib.cli import UserError, flag, printable
 from lib.images import SUFFIXES, resize
-from lib.picture_sources import find_pictures, load_source
+from lib.picture_sources import Member, find_pictures, load_source, shard_members
 from model import VisionGPT
 from tokenizer import Tokenizer, pack_captions
 
@@ -62,8 +65,11 @@ def load_model(folder: str | os.PathLike, config: CaptionerConfig) -> VisionGPT:
 
 @dataclass
 class SampleConfig(CaptionerConfig):
-    images: list[str] = flag(list, "files, folders (without subfolders), glob patterns, URLs, - for stdin; "
-                             "default: the pictures in assets/examples", metavar="IMAGE", positional=True)
+    images: list[str] = flag(list, "files, folders (without subfolders), glob patterns, URLs, - for stdin, "
+                             "or .tar shards as webdataset writes them; default: the pictures in "
+                             "assets/examples", metavar="IMAGE", positional=True)
+    out: str | None = flag(None, "folder of the JSON-lines file that each .tar shard gets; default: the "
+                           "shard's own", metavar="DIR")
     json: str | None = flag(None, "write a list of {image, caption, score}; to stdout if FILE is left out",
                             metavar="FILE", const="-")
     csv: str | None = flag(None, "write a table with the columns image and caption", metavar="FILE")
@@ -96,16 +102,18 @@ class Picture:
 # read and caption pictures
 
 
-def read_picture(source: str, size: int, draw: bool) -> Picture:
+def read_picture(source: str | Member, size: int, draw: bool) -> Picture:
     """Read and resize one picture; if it cannot be read, the Picture has an `error` and nothing else."""
+    name = getattr(source, "name", source)
     try:
         image = load_source(source)
     except UserError as error:
-        return Picture(source, str(error))
-    return Picture(source, "", resize(image, size), figures.fit(image, 448) if draw else None)
+        return Picture(name, str(error))
+    return Picture(name, "", resize(image, size), figures.fit(image, 448) if draw else None)
 
 
-def caption_pictures(model: VisionGPT, sources: list[str], config: SampleConfig) -> Iterator[Picture]:
+def caption_pictures(model: VisionGPT, sources: list[str] | list[Member],
+                     config: SampleConfig) -> Iterator[Picture]:
     """A Picture for each source in turn, captioned batch by batch; one that cannot be read has an `error`."""
     generator = torch.Generator(model.device).manual_seed(config.seed % 2**63)
     prompt, n = model.require_tokenizer().encode(config.prompt), config.num_return_sequences
@@ -153,25 +161,99 @@ def caption_words(tokenizer: Tokenizer, tokens: list[int]) -> list[tuple[str, li
 # write
 
 
+def record(p: Picture, several: bool) -> dict:
+    """What --json and the file of a shard hold of a picture."""
+    if p.error:
+        return dict(image=p.source, error=p.error)
+    if several:
+        return dict(image=p.source, captions=p.captions, scores=p.scores)
+    return dict(image=p.source, caption=p.captions[0], score=p.scores[0])
+
+
 def write_outputs(config: SampleConfig, captioned: list[Picture]) -> None:
     """The files that the flags ask for."""
     if config.json:
-        if config.num_return_sequences > 1:
-            records = [dict(image=p.source, captions=p.captions, scores=p.scores) for p in captioned]
-        else:
-            records = [dict(image=p.source, caption=p.captions[0], score=p.scores[0]) for p in captioned]
-        cli.write_text(config.json, json.dumps(records, indent=1))
+        several = config.num_return_sequences > 1
+        cli.write_text(config.json, json.dumps([record(p, several) for p in captioned], indent=1))
     if config.csv:
         with cli.atomic(config.csv) as path, open(path, "w", encoding="utf-8", newline="",
                                                   errors="backslashreplace") as file:
             rows = [(p.source, text) for p in captioned for text in p.captions]
             csv.writer(file).writerows([("image", "caption"), *rows])
-    drawn = [p for p in captioned if p.shown]
+    drawn = [p for p in captioned if p.shown][:DRAWN]
     if config.save and drawn:
         texts = ["\n".join(p.captions) for p in drawn]
         figures.save(figures.contact_sheet([p.shown for p in drawn], texts), config.save)
     if config.attention and drawn:
         figures.save(figures.stack([p.sheet for p in drawn]), config.attention)
+
+
+def caption_shards(model: VisionGPT, files: dict[str, Path], config: SampleConfig) -> int:
+    """Write the captions of {shard: JSON-lines file}, whole files only; returns how much could not be read.
+
+    Processes share the shards. What is written already, or by another run just now, is left alone.
+    """
+    failed, mine = 0, list(files.items())[distributed.rank() :: distributed.world_size()]
+    for number, (shard, file) in enumerate(mine, 1):
+        label = f"{printable(shard)}, {number} of {len(mine)}:"
+        if file.exists():
+            print(f"{label} {printable(str(file))} is there already", file=sys.stderr)
+            continue
+        partial = Path(f"{file}.partial")
+        try:
+            members = shard_members(shard)
+            with cli.naming(partial), open(partial, "a", encoding="utf-8") as lines:
+                cli.lock(lines, f"{label} another process is writing {partial}")
+                lines.truncate(0)
+                pictures = cli.progress(caption_pictures(model, members, config), label, len(members))
+                for p in pictures:
+                    failed += bool(p.error)
+                    lines.write(json.dumps(record(p, config.num_return_sequences > 1)) + "\n")
+                os.replace(partial, file)
+        except UserError as error:
+            print(printable(str(error)), file=sys.stderr)
+            failed += 1
+    return distributed.total(failed)                        # when all processes are done
+
+
+def caption_sources(model: VisionGPT, sources: list[str], config: SampleConfig) -> int:
+    """Print the captions and write the files that the flags ask for; returns how many cannot be read."""
+    processes, quiet = distributed.world_size(), config.json == "-"
+    pictures = caption_pictures(model, sources[distributed.rank() :: processes], config)
+    if processes > 1 or quiet or not sys.stdout.isatty():   # on a terminal the captions are the progress
+        pictures = cli.progress(pictures, "captioning", math.ceil(len(sources) / processes), " pictures")
+    if processes > 1:
+        place = {source: i for i, source in enumerate(sources)}
+        pictures = sorted(distributed.gather(list(pictures)), key=lambda p: place[p.source])
+        if distributed.rank() > 0:
+            return 0
+    captioned, failed, alone = [], 0, len(sources) == 1 and sources == config.images
+    try:
+        for p in pictures:
+            if p.error:
+                print(printable(p.error), file=sys.stderr)
+                failed += 1
+                continue
+            for text in () if quiet else p.captions:
+                print(("" if alone else printable(p.source) + "\t") + " ".join(text.split()), flush=True)
+            if config.json or config.csv or p.shown:
+                captioned.append(p)
+    finally:                                                # what has been captioned is not lost
+        write_outputs(config, captioned)
+    return failed
+
+
+def shard_files(shards: list[str], config: SampleConfig) -> dict[str, Path]:
+    """{shard: the file that its captions go to}."""
+    for option in ("json", "csv", "save", "attention"):
+        if getattr(config, option):
+            raise UserError(f"--{option} is for pictures; the captions of a .tar shard go to a file in --out")
+    files = {shard: Path(config.out or Path(shard).parent, Path(shard).stem + ".jsonl") for shard in shards}
+    if len(set(files.values())) < len(files):
+        raise UserError(f"two shards would both be captioned in one file in {config.out}: leave out --out")
+    if config.out:
+        os.makedirs(config.out, exist_ok=True)
+    return files
 
 
 def main(args: list[str] | None = None) -> int:
@@ -184,31 +266,25 @@ def main(args: list[str] | None = None) -> int:
                       inputs=[*sources, Path(folder, "config.json"), Path(folder, "tokenizer.json")])
     if not sources:
         raise UserError("; ".join(missing))
-    for line in missing:
-        print(printable(line), file=sys.stderr)
-    if not config.checkpoint:
-        print(f"checkpoint: {folder}", file=sys.stderr)
-    if (config.save or config.attention) and len(sources) > DRAWN:
-        print(f"only the first {DRAWN} of {len(sources)} pictures will be drawn", file=sys.stderr)
-
-    pictures = caption_pictures(load_model(folder, config), sources, config)
-    if config.json == "-" or not sys.stdout.isatty():       # on a terminal the captions are the progress
-        pictures = cli.progress(pictures, "captioning", len(sources), " pictures")
-    captioned, failed, alone = [], len(missing), len(sources) == 1 and sources == config.images
-    try:
-        with cli.out_of_memory(f"lower --batch-size ({config.batch_size})"):
-            for p in pictures:
-                if p.error:
-                    print(printable(p.error), file=sys.stderr)
-                    failed += 1
-                    continue
-                for text in p.captions if config.json != "-" else ():
-                    print(("" if alone else printable(p.source) + "\t") + " ".join(text.split()), flush=True)
-                if config.json or config.csv or p.shown:
-                    captioned.append(p)
-    finally:                                                # what has been captioned is not lost
-        write_outputs(config, captioned)
-    return int(failed > 0)
+    shards = [source for source in sources if source.lower().endswith(".tar")]
+    if shards and len(shards) < len(sources):
+        raise UserError(f"{shards[0]} is a shard, {min(set(sources) - set(shards))} is not: caption them in "
+                        "two runs")
+    if config.out and not shards:
+        raise UserError("--out is for .tar shards; the captions of pictures go to --json or --csv")
+    files = shard_files(shards, config) if shards else {}
+    if distributed.rank() == 0:
+        for line in missing:
+            print(printable(line), file=sys.stderr)
+        if not config.checkpoint:
+            print(f"checkpoint: {folder}", file=sys.stderr)
+        if (config.save or config.attention) and len(sources) > DRAWN:
+            print(f"only the first {DRAWN} of {len(sources)} pictures will be drawn", file=sys.stderr)
+    with (cli.out_of_memory(f"lower --batch-size ({config.batch_size})"),
+          distributed.processes(cli.pick_device(config.device))):
+        model = load_model(folder, config)
+        failed = caption_shards(model, files, config) if files else caption_sources(model, sources, config)
+    return int(failed > 0 or len(missing) > 0)
 
 
 if __name__ == "__main__":

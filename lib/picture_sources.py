@@ -1,4 +1,4 @@
-"""Where pictures come from on a command line: files, folders, patterns, URLs, stdin; each with its limits."""
+"""Where pictures come from on a command line: files, folders, URLs, stdin, .tar shards; with their limits."""
 
 import glob
 import http.client
@@ -6,7 +6,9 @@ import io
 import os
 import re
 import sys
+import tarfile
 import time
+import typing
 import urllib.error
 import urllib.request
 
@@ -17,6 +19,7 @@ from lib.download import with_deadline
 from lib.images import MAX_IMAGE_BYTES, SUFFIXES, load_image
 
 MAX_URL_BYTES = 32 << 20               # less than of a file, as many are read at once
+MAX_MEMBERS = 1_000_000                # of a .tar shard
 DEADLINE = 60                          # seconds for a whole download, and for a folder or pattern
 
 
@@ -40,8 +43,9 @@ def find_pictures(args: list[str]) -> tuple[list[str], list[str]]:
 
 
 def list_pictures(pattern: str) -> list[str]:
+    suffixes = {".tar"} if pattern.lower().endswith(".tar") else SUFFIXES
     return [name for name in glob.iglob(pattern, recursive=True)
-            if os.path.splitext(name)[1].lower() in SUFFIXES and os.path.isfile(name)]
+            if os.path.splitext(name)[1].lower() in suffixes and os.path.isfile(name)]
 
 
 def natural_key(name: str) -> tuple[list[str], str]:
@@ -54,23 +58,64 @@ def is_url(source: str) -> bool:
     return source.lower().startswith(("http://", "https://"))
 
 
-def load_source(source: str) -> Image.Image:
-    """`load_image` of a path, a URL or - for stdin. Raises UserError if it is too large or cannot be read."""
-    stdin = source == "-"
-    if not stdin and not is_url(source):
-        return load_image(source)
-    limit = MAX_IMAGE_BYTES if stdin else MAX_URL_BYTES
+class Member(typing.NamedTuple):
+    """A picture in a .tar shard."""
+    shard: str
+    name: str
+    offset: int
+    size: int
+
+
+class TarSource(io.FileIO):
+    """A tar file whose headers, which tarfile reads at one go, cannot be of any size."""
+
+    def read(self, size=-1):
+        if not 0 <= size <= 1 << 20:
+            raise ValueError("a header of over 1 MB")
+        return super().read(size)
+
+
+def shard_members(shard: str) -> list[Member]:
+    """The pictures in an uncompressed tar file, in its order. Raises UserError if it is damaged."""
+    members = []
     try:
-        content = sys.stdin.buffer.read(limit + 1) if stdin else with_deadline(DEADLINE, download, source)
+        with tarfile.open(fileobj=TarSource(shard), mode="r:") as archive:
+            while member := archive.next():
+                is_picture = os.path.splitext(member.name)[1].lower() in SUFFIXES
+                if is_picture and member.isreg() and not member.issparse():
+                    members.append(Member(shard, member.name, member.offset_data, member.size))
+                if len(archive.members) > MAX_MEMBERS:
+                    raise ValueError(f"more than {MAX_MEMBERS:,} files")
+    except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
+        raise UserError(f"{shard} is not a whole tar file without compression: {error}") from None
+    return members
+
+
+def load_source(source: str | Member) -> Image.Image:
+    """`load_image` of a path, a URL, - for stdin or a Member. Raises UserError if it cannot be read."""
+    member = source if isinstance(source, Member) else None
+    if not (member or source == "-" or is_url(source)):
+        return load_image(source)
+    name, limit = (member.name, MAX_IMAGE_BYTES) if member else (source, MAX_URL_BYTES)
+    try:
+        if member:
+            with open(member.shard, "rb") as file:
+                file.seek(member.offset)
+                content = file.read(min(member.size, limit + 1))
+        elif source == "-":
+            limit = MAX_IMAGE_BYTES
+            content = sys.stdin.buffer.read(limit + 1)
+        else:
+            content = with_deadline(DEADLINE, download, source)
         if not 0 < len(content) <= limit:
             raise ValueError(f"it has more than {limit >> 20} MB" if content else "it is empty")
         return load_image(io.BytesIO(content))
     except UserError as error:
-        raise UserError(str(error).replace("picture:", f"picture {source}:", 1)) from None
+        raise UserError(str(error).replace("picture:", f"picture {name}:", 1)) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if type(error) is urllib.error.URLError else error
         reason = getattr(reason, "strerror", None) or reason
-        raise UserError(f"cannot read the picture {source}: {reason}") from None
+        raise UserError(f"cannot read the picture {name}: {reason}") from None
 
 
 def download(url: str) -> bytes:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 import sample
 from gpt2 import GPT2Config
-from lib import figures
+from lib import checkpoint, cli, distributed, figures
 from lib.cli import UserError
 from model import VisionGPT, VisionGPTConfig
 from resampler import ResamplerConfig
@@ -75,10 +76,18 @@ def run(folder, capsys):
     (["a.jpg", "--batch-size", str(10**9)], "from 1 to 4096"),
     (["a.jpg", "--csv", "a", "--json", "./a"], "--json and --csv both write a"),
     (["a.jpg", "--num-return-sequences", "2"], "num_beams"),
+    (["a.jpg", "--out", "captions"], "for .tar shards"),
+    (["a.jpg", "a.tar"], "a.tar is a shard, a.jpg is not"),
+    (["a.tar", "--csv", "a.csv"], "--csv is for pictures"),
+    (["a.tar", "b/a.tar", "--out", "captions"], "two shards would both"),
 ])
 def test_mistakes_are_told_before_a_model_is_loaded(args, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "EXAMPLES", tmp_path / "none")
+    (tmp_path / "b").mkdir()
+    for name in ("a.jpg", "a.tar", "b/a.tar"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(checkpoint, "find_checkpoint", lambda folder: folder)
     with pytest.raises(UserError, match=message):
         sample.main([*args, "--checkpoint", "does-not-exist"])
 
@@ -122,6 +131,65 @@ def test_odd_file_names_are_a_line_each_and_survive_in_the_files(folder, tmp_pat
     assert found == {str(tmp_path / os.fsdecode(name)) for name in names[:3]}
     with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.reader(file))) == 4
+
+
+def write_shard(file, folder, names=("img10.png", "bad3.jpg", "notes.txt", "img2.PNG")):
+    with tarfile.open(file, "w") as archive:
+        for name in names:
+            archive.add(folder / "photos" / name, name)
+
+
+def test_each_shard_gets_a_file_of_its_captions(run, folder, tmp_path):
+    """In the order of the shard, a bad picture with its error; a finished one is left alone."""
+    write_shard(tmp_path / "0.tar", folder)
+    write_shard(tmp_path / "1.tar", folder, ["img2.PNG"])
+    _, out, _ = run("photos/img2.PNG", "photos/img10.png")
+    expected = dict(line.split("\t") for line in out.splitlines())
+    status, out, err = run(tmp_path / "*.tar")
+    first, bad, last = map(json.loads, (tmp_path / "0.jsonl").read_text().splitlines())
+    assert (status, out, err) == (1, "", "")
+    assert [first["image"], bad["image"], last["image"]] == ["img10.png", "bad3.jpg", "img2.PNG"]
+    assert {p["image"]: " ".join(p["caption"].split()) for p in (first, last)} == expected
+    assert bad.keys() == {"image", "error"} and "bad3.jpg: it is not a JPEG" in bad["error"]
+    assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 1
+
+    (tmp_path / "1.jsonl").unlink()
+    (tmp_path / "1.jsonl.partial").write_text("of a run that was killed")
+    (tmp_path / "0.jsonl").write_text("done")
+    status, _, err = run(tmp_path / "0.tar", tmp_path / "1.tar")
+    assert status == 0 and "0.jsonl is there already" in err
+    assert (tmp_path / "0.jsonl").read_text() == "done"
+    assert json.loads((tmp_path / "1.jsonl").read_text()) == last
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.jsonl", "0.tar", "1.jsonl", "1.tar"]
+
+
+def test_a_damaged_or_taken_shard_keeps_no_other_from_its_captions(run, folder, tmp_path):
+    for name in "012":
+        write_shard(tmp_path / f"{name}.tar", folder, ["img2.PNG"])
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+    with open(tmp_path / "out.jsonl.partial", "w"):
+        pass
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/1.jsonl.partial", "w") as taken:
+        cli.lock(taken, "")
+        status, _, err = run(tmp_path / "*.tar", "--out", tmp_path / "out")
+    assert status == 1 and "0.tar is not a whole tar file" in err and "another process is writing" in err
+    assert not (tmp_path / "out/0.jsonl").exists() and not (tmp_path / "out/1.jsonl").exists()
+    assert json.loads((tmp_path / "out/2.jsonl").read_text())["image"] == "img2.PNG"
+
+
+def test_processes_share_the_shards(run, folder, tmp_path, monkeypatch):
+    for name in "012":
+        write_shard(tmp_path / f"{name}.tar", folder, ["img2.PNG"])
+    config = sample.SampleConfig(images=[], max_length=6)
+    files = sample.shard_files([str(tmp_path / f"{name}.tar") for name in "012"], config)
+    model = sample.load_model(folder / "checkpoint", config)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "total", lambda number: number)
+    for rank, there in ((1, ["1.jsonl"]), (0, ["0.jsonl", "1.jsonl", "2.jsonl"])):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert sample.caption_shards(model, files, config) == 0
+        assert sorted(p.name for p in tmp_path.glob("*.jsonl*")) == there
 
 
 def test_one_file_prints_the_bare_caption(run, model, folder):
