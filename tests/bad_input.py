@@ -78,8 +78,8 @@ def serve():
     for name in (*SCRIPTS, "lib.download", "test_convert_weights", "test_data", "test_model", "test_checkpoint"):
         importlib.import_module(name)
     download = sys.modules["lib.download"]
-    download.PAUSE, download.TIMEOUT, download.STALL = 0.01, 1.0, 1.0
-    sys.modules["lib.picture_sources"].DEADLINE = 2.0
+    download.PAUSE, download.TIMEOUT, download.STALL = 0.01, 0.5, 0.5
+    sys.modules["lib.picture_sources"].DEADLINE = 1.0
     requests, answers = sys.stdin, os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with open(f"{sys.argv[2]}/build", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
