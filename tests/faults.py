@@ -158,7 +158,7 @@ def kill(args, number, seconds):
     time.sleep(random.uniform(0, seconds))
     os.kill(pid, number)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status == 0:
+    if status == 0 or not Path("log").exists():  # it was over, or had not begun
         return status, "not tried"
     text = Path("log").read_text()
     return status, f"traceback: {text[-300:]}" if "Traceback" in text else None
