@@ -224,7 +224,7 @@ def print_top5(logits, label):
 def convert(settings: ConvertConfig):
     if settings.check:
         load_image(settings.check)                          # rather fail now than after the work
-    dtype = cli.pick_dtype(settings.dtype) or torch.float32
+    dtype = cli.pick_dtype(settings.dtype)
     if settings.vision_gpt:
         convert_published(settings, dtype)
     elif settings.checkpoint:

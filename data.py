@@ -221,8 +221,9 @@ def pin(batch: dict) -> dict:
 
 
 def to_device(batch: dict, device: torch.device, config) -> dict:
-    """Move a batch; its pixels become `images`, normalised there as the ViT of `config` takes them."""
-    batch = {name: t.to(device, non_blocking=True) if torch.is_tensor(t) else t for name, t in batch.items()}
+    """Move a batch but its targets; its pixels become `images`, normalised there for the ViT of `config`."""
+    batch = {name: t.to(device, non_blocking=True) if torch.is_tensor(t) and name != "targets" else t
+             for name, t in batch.items()}
     if "pixels" in batch:
         batch["images"] = normalize(batch.pop("pixels"), config)
     return batch

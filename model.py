@@ -131,16 +131,19 @@ class VisionGPT(nn.Module):
 
     def loss(self, tokens: Tensor, visual: Tensor | None, targets: Tensor, positions: Tensor | None = None,
              label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
-        """`forward`'s loss without all logits: only targets reach the head. `reduction`: "mean" or "sum"."""
-        x, head = self.hidden(tokens, self.cross_kv(visual), positions), self.gpt2.wte
-        is_target = targets != -100
+        """`forward`'s loss without all logits: only targets reach the head. `reduction`: "mean" or "sum".
+
+        A GPU need not be waited for when `targets` are still on the CPU.
+        """
+        x, head = self.hidden(tokens, self.cross_kv(visual), positions).flatten(0, 1), self.gpt2.wte
+        targets = targets.flatten()
+        kept = (targets != -100).nonzero().squeeze(1)
         if "gpt2" in self.frozen:
-            x, targets = self.gpt2.ln_f(x[is_target]), targets[is_target]           # (M, C), (M,)
-            total = ChunkedLoss.apply(x.to(head.weight.dtype), head.unembed, targets, label_smoothing)
+            x = self.gpt2.ln_f(x.index_select(0, kept.to(x.device))).to(head.weight.dtype)          # (M, C)
+            total = ChunkedLoss.apply(x, head.unembed, targets[kept].to(x.device), label_smoothing)
         else:
-            x, targets = self.gpt2.ln_f(x).flatten(0, 1), targets.flatten()
-            total = head_loss(x, head.unembed, targets, label_smoothing)
-        return total if reduction == "sum" else total / is_target.sum()
+            total = head_loss(self.gpt2.ln_f(x), head.unembed, targets.to(x.device), label_smoothing)
+        return total if reduction == "sum" else total / len(kept)
 
     @torch.inference_mode()
     def score(self, images: Tensor, captions: list[str]) -> Tensor:

@@ -53,13 +53,14 @@ class CaptionerConfig(DecodingConfig):
     int8: bool = flag(False, "CPU: bfloat16, and GPT-2's weights in 8 bits: less exact; faster, but not with "
                              "beams or many pictures at once")
     seed: int = flag(0, "for sampling: the same seed, pictures, flags and batch size give the same captions")
-    dtype: str = flag("auto", "auto: float32 on a CPU, the checkpoint's own on a GPU", choices=cli.DTYPES)
+    dtype: str = flag("auto", "auto: float32 on a CPU, bfloat16 or float16 on a GPU", choices=cli.DTYPES)
     device: str = flag("auto", "auto: the GPU if there is one", choices=cli.DEVICES)
 
 
 def load_model(folder: str | os.PathLike, config: CaptionerConfig) -> VisionGPT:
-    dtype = cli.pick_dtype(config.dtype, config.int8)
-    model = VisionGPT.from_pretrained(folder, config.device, dtype, config.weights)
+    device = cli.pick_device(config.device)
+    dtype = cli.pick_dtype(config.dtype, device, config.int8)
+    model = VisionGPT.from_pretrained(folder, device, dtype, config.weights)
     return fast.pack(model.requires_grad_(False), config.int8)
 
 

@@ -251,14 +251,6 @@ def get_lr(step: int, total: int, cfg: TrainConfig) -> float:
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
-def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of forward and backward, None for float32; auto: a GPU's bfloat16 or float16."""
-    dtype = cli.pick_dtype(name)
-    if dtype is None and device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return None if dtype == torch.float32 else dtype
-
-
 @contextlib.contextmanager
 def autocast(device: torch.device, amp: torch.dtype | None):
     """Mixed precision; on the CPU also plain attention, whose backward is faster there on short rows."""
@@ -417,6 +409,8 @@ def place_model(model: VisionGPT, data: CaptionSet, cfg: TrainConfig, device: to
     inputs = ImageInputs(model, data, cfg, device, frozen_dtype)
     for name in model.frozen:
         getattr(model, name).to(frozen_dtype)
+    for part in (model.vit, *model.gpt2.h) if kept and amp else ():    # all in one dtype: nothing to cast
+        part.forward = torch.autocast(device.type, enabled=False)(part.forward)
     model.to(device)
     if device.type == "cpu":
         fast.pack(model, copies=False)                                # long inputs gain nothing by them
@@ -497,7 +491,8 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
     with (distributed.processes(cli.pick_device(cfg.device)) as device, cpu_threads(cfg.threads),
           run_folder(cfg) as out):
         # model, data, optimizer
-        amp = amp_dtype(cfg.dtype, device)
+        dtype = cli.pick_dtype(cfg.dtype, device)
+        amp = None if dtype == torch.float32 else dtype
         torch.manual_seed(cfg.seed % 2**63)
         with distributed.first_in_line():                             # which draws scenes, caches features
             if cfg.preset == "shapes" and not Path(cfg.data, "meta.json").exists():
@@ -519,7 +514,7 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
         total = min(total, cfg.max_steps or total)
         trained, held = (sum(p.numel() for p in own) for own in (state.trained.values(), model.parameters()))
         log(f"{trained:,} of {held:,} parameters trained on {n_train:,} images of {cfg.data}; "
-            f"{total} steps on {f'{n_process} x ' * (n_process > 1)}{device.type}, {amp or torch.float32}")
+            f"{total} steps on {f'{n_process} x ' * (n_process > 1)}{device.type}, {dtype}")
         reward = Reward({i: data.references(i) for i in data.split("train")}) if cfg.self_critical else None
 
         # one optimizer step after another

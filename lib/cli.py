@@ -306,11 +306,17 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
-def pick_dtype(name: str, int8: bool = False):
-    """The torch dtype of a name, long or short (bf16), or None for 'auto'; int8 weights go with bfloat16."""
+def pick_dtype(name: str, device=None, int8: bool = False):
+    """The torch dtype of a name, long or short (bf16); int8 weights go with bfloat16.
+
+    'auto' is float32, but on a CUDA GPU bfloat16, or float16 where that is not built in.
+    """
     import torch
-    names = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float32}
+    if device is not None and device.type == "cuda":
+        built_in = torch.cuda.is_bf16_supported(including_emulation=False)
+        names["auto"] = torch.bfloat16 if built_in else torch.float16
     dtype = names[name] if name in names else getattr(torch, name)
-    if int8 and dtype not in (None, torch.bfloat16):
+    if int8 and name not in ("auto", "bf16", "bfloat16"):
         raise UserError(f"--int8 computes in bfloat16: leave out --dtype {name}")
     return torch.bfloat16 if int8 else dtype

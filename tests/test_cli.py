@@ -259,5 +259,12 @@ def test_devices_and_dtypes_by_name():
     for wrong in ("tpu", "mps" if not torch.backends.mps.is_available() else "xpu"):
         with pytest.raises(UserError, match=f"device '{wrong}' is not available here"):
             cli.pick_device(wrong)
-    found = [cli.pick_dtype(name) for name in cli.DTYPES]
-    assert found == [None, *[torch.float32, torch.float16, torch.bfloat16] * 2]
+    found = [cli.pick_dtype(name, torch.device("cpu")) for name in cli.DTYPES]
+    assert found == [torch.float32, *[torch.float32, torch.float16, torch.bfloat16] * 2]
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_in_16_bits():
+    device = torch.device("cuda")
+    assert cli.pick_dtype("auto", device) in (torch.bfloat16, torch.float16)
+    assert cli.pick_dtype("float32", device) == torch.float32
