@@ -53,10 +53,14 @@ class SetMeta:
 def read_meta(folder: str) -> SetMeta:
     """meta.json of a prepared set. Raises UserError, or FileNotFoundError where there is none."""
     file = os.path.join(folder, "meta.json")
-    content = records.read_json(dict, file)
-    if isinstance(version := content.get("format_version"), int) and version > FORMAT_VERSION:
-        raise UserError(f"{folder} is of a newer format than this code knows: update the code")
-    return records.convert(SetMeta, content, file)
+    try:
+        content = records.read_json(dict, file)
+        newer = isinstance(version := content.get("format_version"), int) and version > FORMAT_VERSION
+        if not newer:
+            return records.convert(SetMeta, content, file)
+    except UserError as error:
+        raise damaged(folder, str(error)) from None
+    raise UserError(f"{folder} is of a newer format than this code knows: update the code")
 
 
 @contextlib.contextmanager

@@ -162,8 +162,9 @@ class Log:
 
     def write(self, step, **values):
         self.rows.append({"step": step, **values})
-        self.file.write(json.dumps(self.rows[-1]) + "\n")
-        self.file.flush()
+        with cli.naming(self.file.name):
+            self.file.write(json.dumps(self.rows[-1]) + "\n")
+            self.file.flush()
         if self.send:
             self.send(step, values)
 
