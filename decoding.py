@@ -88,11 +88,12 @@ def greedy_with_drafts(step, cache, start, config, eos_id, drafts):
     end = first + config.max_length
     while len(text) == first or text[-1] != eos_id and len(text) < end:
         guess = guess_next(drafts, text, min(DRAFTS, end - len(text) - 1), eos_id)
-        fresh = torch.tensor([text[cache.length :] + guess], device=start.device)
+        fresh = torch.tensor([text[cache.length :] + guess], device=start.device)    # always as many: quicker
         logits = step(fresh, len(guess) + 1)[0].float()                      # (1 + guesses, V)
         likeliest, chosen = logits.max(-1)
         chosen = chosen.tolist()
-        right = next((i for i, token in enumerate(guess) if token != chosen[i]), len(guess))
+        agree = [token == other != eos_id for token, other in zip(guess, chosen)]
+        right = [*agree, False].index(False)
         text += chosen[: right + 1]                          # the right guesses, and what follows the last
         total += (likeliest - logits.logsumexp(-1))[: right + 1].sum().item()
         cache.length = len(text) - 1

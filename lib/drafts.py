@@ -38,16 +38,14 @@ def count_drafts(captions_of: list[list], eos_id: int) -> dict[int, int]:
     return table
 
 
-def guess_next(table: dict[int, int], text: list[int], most: int, eos_id: int) -> list[int]:
-    """What may follow `text`, at most so many tokens: each after the longest context that the table knows."""
+def guess_next(table: dict[int, int], text: list[int], count: int, eos_id: int) -> list[int]:
+    """The `count` tokens that may follow `text`: each what the longest context known says, or the end."""
     guess = []
-    while len(guess) < most:
+    for _ in range(count):
         key, token = 0, eos_id
         for last in reversed((text + guess)[-CONTEXT:]):
             key = extend(key, last)
             token = table.get(key, token)
-        if token == eos_id:                                          # nothing follows the end
-            break
         guess.append(token)
     return guess
 
