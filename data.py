@@ -90,9 +90,11 @@ class CaptionSet:
         return np.array([lengths[self.captions_of[image]].sum() for image in images])
 
 
-def epoch_batches(data: CaptionSet, images: np.ndarray, batch_size: int, seed: int,
-                  epoch: int) -> list[np.ndarray]:
+def epoch_batches(data: CaptionSet, images: np.ndarray, batch_size: int, seed: int, epoch: int,
+                  at_least: int = 1) -> list[np.ndarray]:
     """The batches of an epoch, image indices each: an order that depends on (seed, epoch) alone.
+
+    What is left over makes a smaller batch, or if it is less than `at_least`, joins the one before.
 
     Within batch_size / 4 shuffled batches, images are sorted by the length of their rows before they are cut,
     so that a batch pads little; small batches, which need images of all kinds, are sorted less or not at all.
@@ -102,7 +104,7 @@ def epoch_batches(data: CaptionSet, images: np.ndarray, batch_size: int, seed: i
     lengths, pool = data.row_lengths(images), max(1, batch_size // 4) * batch_size
     order = np.concatenate([start + np.argsort(lengths[start : start + pool], kind="stable")
                             for start in range(0, len(images), pool)])
-    batches = [images[order[i : i + batch_size]] for i in range(0, len(images), batch_size)]
+    batches = np.split(images[order], range(batch_size, len(images) - at_least + 1, batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 

@@ -36,7 +36,7 @@ class DecodingConfig:
     min_length: int = flag(0, "minimum number of new tokens before the end token", min=0)
     max_length: int = flag(50, "maximum number of new tokens, the end token included", min=1)
     drafts: bool = flag(True, "greedy captions of one picture at a time: check several likely tokens in a "
-                              "step, which is faster; only in 16 bits can a near tie turn out otherwise")
+                              "step, which is faster; in 16-bit dtypes near ties may fall otherwise")
 
     def __post_init__(self):
         check_ranges(self)
@@ -45,8 +45,8 @@ class DecodingConfig:
         if self.min_length > self.max_length:
             raise UserError(f"min_length {self.min_length} is more than max_length {self.max_length}")
         if self.samples and self.num_beams > 1:
-            raise UserError("beam search does not sample: give num_beams, or temperature, top_k and top_p, "
-                            "not both")
+            raise UserError("beam search cannot be combined with sampling: give num_beams, or temperature, "
+                            "top_k and top_p")
         if not self.samples and self.num_return_sequences > self.num_beams:
             raise UserError(f"num_return_sequences {self.num_return_sequences} needs as many num_beams "
                             f"({self.num_beams} given), or sampling (temperature, top_k, top_p)")

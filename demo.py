@@ -45,7 +45,7 @@ class DemoConfig:
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in, without a password")
     port: int = flag(8000, "0 takes a free one", min=0, max=65535)
     int8: bool = flag(False, "CPU: bfloat16, and GPT-2's weights in 8 bits")
-    dtype: str = flag("auto", "auto: float32 on a CPU, bfloat16 or float16 on a GPU", choices=cli.DTYPES)
+    dtype: str = flag("auto", "auto: bfloat16 or float16 on a CUDA GPU, else float32", choices=cli.DTYPES)
     device: str = flag("auto", "auto: the GPU if there is one", choices=cli.DEVICES)
 
 

@@ -152,6 +152,8 @@ class VisionGPT(nn.Module):
             raise UserError(f"{len(captions)} captions for {len(images)} images: give one for each")
         rows = [[self.require_tokenizer().encode(text)] for text in captions]
         tokens, targets, positions = (t.to(self.device) for t in pack_captions(rows, self.eos_id))
+        if tokens.shape[1] > self.config.gpt2.n_positions:
+            raise UserError(f"a caption is longer than the {self.config.gpt2.n_positions} positions of GPT-2")
         logits, _ = self(tokens, self.encode(images), positions=positions)                         # (B, T, V)
         losses = F.cross_entropy(logits.float().mT, targets, ignore_index=-100, reduction="none")
         return -losses.sum(1) / (targets != -100).sum(1)
@@ -196,7 +198,7 @@ class VisionGPT(nn.Module):
                     if errors != "skip":
                         raise
             found = self.generate(self.preprocess([*read.values()]), **decoding) if read else []
-            n, found = len(found) // max(1, len(read)) or 1, iter(found)
+            found, n = iter(found), decoding.get("num_return_sequences", 1)
             texts += [next(found) if i in read else None for i in range(len(batch)) for _ in range(n)]
         return texts
 

@@ -1,4 +1,6 @@
-"""What is trained: a Perceiver Resampler and cross-attention (Flamingo, https://arxiv.org/abs/2204.14198).
+"""What is trained: a Perceiver Resampler and cross-attention, after Flamingo (https://arxiv.org/abs/2204.14198).
+
+Unlike Flamingo's, the latents look at the patches alone, not at each other, and cross-attention has no gate.
 
 Letters: B images, N patches, L latents, C width, H heads, D head width; T text positions, G rows per image.
 """
@@ -61,7 +63,7 @@ class ResamplerLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Patch tokens (B, N, C_vit) to visual tokens (B, L, C): learned latents look at the patches, twice."""
+    """Patch tokens (B, N, C_vit) to visual tokens (B, L, C): learned latents look at the patches."""
 
     def __init__(self, config: ResamplerConfig, width_in: int, width: int):
         super().__init__()

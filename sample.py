@@ -53,7 +53,7 @@ class CaptionerConfig(DecodingConfig):
     int8: bool = flag(False, "CPU: bfloat16, and GPT-2's weights in 8 bits: less exact; faster, but not with "
                              "beams or many pictures at once")
     seed: int = flag(0, "for sampling: the same seed, pictures, flags and batch size give the same captions")
-    dtype: str = flag("auto", "auto: float32 on a CPU, bfloat16 or float16 on a GPU", choices=cli.DTYPES)
+    dtype: str = flag("auto", "auto: bfloat16 or float16 on a CUDA GPU, else float32", choices=cli.DTYPES)
     device: str = flag("auto", "auto: the GPU if there is one", choices=cli.DEVICES)
 
 
@@ -86,6 +86,8 @@ class SampleConfig(CaptionerConfig):
                 raise UserError(f"{option} {file} is a picture: name the pictures before {option}")
         for file in filter(None, (self.save, self.attention)):
             figures.picture_format(file)
+        if self.attention_layer is not None and not self.attention:
+            raise UserError("--attention-layer goes with --attention, which draws: add that")
 
 
 @dataclass
@@ -202,6 +204,8 @@ def caption_shards(model: VisionGPT, files: dict[str, Path], config: SampleConfi
             continue
         partial = Path(f"{file}.partial")
         try:
+            if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_file()):
+                raise UserError(f"{partial} is a folder, a link or a device: move it away")
             members = shard_members(shard)
             with cli.naming(partial), open(partial, "a", encoding="utf-8") as lines:
                 cli.lock(lines, f"{label} another process is writing {partial}")
@@ -210,6 +214,9 @@ def caption_shards(model: VisionGPT, files: dict[str, Path], config: SampleConfi
                 for p in pictures:
                     failed += bool(p.error)
                     lines.write(json.dumps(record(p, config.num_return_sequences > 1)) + "\n")
+                lines.flush()
+                if os.name == "nt":                         # which renames no open file, and has no locks
+                    lines.close()
                 os.replace(partial, file)
         except UserError as error:
             print(printable(str(error)), file=sys.stderr)

@@ -4,7 +4,7 @@
     python train.py                     # the fusion on Flickr8k, after prepare_flickr8k and convert_weights
     python train.py --preset mini       # a small captioner behind the frozen ViT of assets/mini
     python train.py --resume            # continue a run that was stopped anywhere, with the same flags
-    torchrun --nproc-per-node 2 train.py --batch-size 16 --grad-accumulation 2     # on two GPUs: the same run
+    torchrun --nproc-per-node 2 train.py --batch-size 16 --grad-accumulation 2   # the same steps on two GPUs
 """
 
 if __name__ == "__main__":
@@ -77,13 +77,13 @@ class TrainConfig:
     eval_interval: int = flag(200, "optimizer steps between evaluations", min=1)
     eval_images: int = flag(500, "validation images per evaluation, with all their captions", min=1)
     eval_captions: int = flag(0, "of these, how many are captioned and scored; 0: none", min=0)
-    select: str = flag("loss", "which validation score the checkpoint is best in", choices=["loss", "CIDEr"])
+    select: str = flag("loss", "validation score that picks the checkpoint", choices=["loss", "CIDEr"])
     save_interval: int = flag(200, "optimizer steps between saves of the training state", min=1)
     log_interval: int = flag(20, "optimizer steps between log lines", min=1)
     num_samples: int = flag(4, "validation captions shown at each evaluation", min=0)
     seed: int = flag(1, "seed of initial weights, order, augmentation and dropout", min=0)
     device: str = flag("auto", "where to compute", choices=cli.DEVICES)
-    dtype: str = flag("auto", "autocast dtype; auto: float32 on a CPU, bfloat16 or float16 on a GPU",
+    dtype: str = flag("auto", "autocast dtype; auto: bfloat16 or float16 on a CUDA GPU, else float32",
                       choices=cli.DTYPES)
     threads: int = flag(0, "CPU threads; 0: PyTorch's choice", min=0, max=256)
     tracker: str = flag("none", "also log to wandb or tensorboard", choices=["none", "wandb", "tensorboard"])
@@ -100,10 +100,10 @@ class TrainConfig:
         if self.vit and self.preset == "shapes":
             raise UserError("--vit is not for preset shapes, which draws what its own ViT learns to see")
         if self.self_critical and (self.self_critical < 2 or not self.init_from):
-            raise UserError("--self-critical compares 2 captions or more of a model that can write: "
-                            "name its folder with --init-from")
-        if self.select == "CIDEr" and not self.eval_captions:
-            raise UserError("--select CIDEr needs captions to score: add --eval-captions")
+            raise UserError("--self-critical compares 2 captions or more of a trained model: name its "
+                            "folder with --init-from")
+        if self.select == "CIDEr" and self.eval_captions < 2:        # what all captions say counts nothing
+            raise UserError("--select CIDEr needs captions to score: add --eval-captions 500")
         if self.resume and self.overwrite:
             raise UserError("--resume continues the run, --overwrite throws it away: give one of them")
         if self.init_from and os.path.realpath(self.init_from) == os.path.realpath(self.out):
@@ -232,7 +232,7 @@ def trained_parameters(model: VisionGPT) -> dict[str, torch.nn.Parameter]:
 
 
 def configure_optimizer(model: VisionGPT, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained; weight decay on matrices only, not on norms, biases and positions."""
+    """AdamW over what is trained; weight decay on matrices only, not on norms, biases or learned tokens."""
     named = trained_parameters(model)
     matrix = {name: p for name, p in named.items()
               if p.ndim >= 2 and not name.endswith(("latents", "_token", "_embed"))}
@@ -263,21 +263,28 @@ def autocast(device: torch.device, amp: torch.dtype | None):
 # what the loop is made of
 
 
+def steps_per_epoch(cfg: TrainConfig, n_train: int) -> int:
+    """Optimizer steps of batch_size * grad_accumulation images; each forward pass has some of them."""
+    return math.ceil((n_train - cfg.grad_accumulation + 1) / (cfg.batch_size * cfg.grad_accumulation))
+
+
 def training_batches(data: CaptionSet, inputs: ImageInputs, cfg: TrainConfig,
                      steps: range) -> Iterator[list[dict]]:
     """This process' share of the micro-batches of each optimizer step.
 
     They follow from (seed, number of the forward pass) alone, the seed of what is random on the way included.
+    The images of a step are the same for half the batch size with twice the accumulation.
     """
-    images = data.split("train")
-    per_epoch = math.ceil(len(images) / cfg.batch_size)
-    order = functools.lru_cache(2)(functools.partial(epoch_batches, data, images, cfg.batch_size, cfg.seed))
+    images, passes = data.split("train"), cfg.grad_accumulation
+    per_epoch = steps_per_epoch(cfg, len(images))
+    order = functools.lru_cache(2)(functools.partial(epoch_batches, data, images, cfg.batch_size * passes,
+                                                     cfg.seed, at_least=passes))
 
     def micro_batches(step: int) -> list:
-        batches, passes = [], range(step * cfg.grad_accumulation, (step + 1) * cfg.grad_accumulation)
-        for n in passes[distributed.rank() :: distributed.world_size()]:
-            chosen, rng = order(n // per_epoch)[n % per_epoch], np.random.default_rng([cfg.seed, 1, n])
-            batch = collate(data, chosen, inputs, rng, cfg.captions_per_image)
+        batches, parts = [], np.array_split(order(step // per_epoch)[step % per_epoch], passes)
+        for i in range(distributed.rank(), passes, distributed.world_size()):
+            rng = np.random.default_rng([cfg.seed, 1, step * passes + i])
+            batch = collate(data, parts[i], inputs, rng, cfg.captions_per_image)
             batch["seed"] = int(rng.integers(2**63))
             batches.append(pin(batch) if inputs.device.type == "cuda" else batch)
         return batches
@@ -440,6 +447,7 @@ def evaluate(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: Train
         for image, text in zip(images[: cfg.num_samples], texts):
             log(f"  {data.names[image]}: {text}   (reference: {data.references(image)[0]})")
     if cfg.eval_captions:
+        texts, images = texts[: cfg.eval_captions], images[: cfg.eval_captions]
         references = [data.references(i) for i in images]
         cider, shuffled = (score(said, references)[0]["CIDEr"] for said in (texts, texts[1:] + texts[:1]))
         log(f"  CIDEr {cider:.4f}, of the next image's captions {shuffled:.4f}; {ended:.1%} came to an end")
@@ -500,6 +508,9 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
             model, data = build_model(cfg)
             model.drafts = count_drafts(data.caption_tokens(data.split("train")), model.eos_id)
             n_train, _ = len(data.split("train")), data.split("val")  # both must hold something
+            if n_train < passes:
+                raise UserError(f"{cfg.data} has {n_train} training images, too few for --grad-accumulation "
+                                f"{passes}: lower it")
             hashes = input_hashes(model, data)
             inputs = place_model(model, data, cfg, device, amp)
         state = TrainState(trained_parameters(model), configure_optimizer(model, cfg),
@@ -510,7 +521,7 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
         logger = Log(out / "log.jsonl", state.step, cfg) if leads else None
-        total = max(1, cfg.epochs * math.ceil(n_train / cfg.batch_size) // passes)
+        total = cfg.epochs * steps_per_epoch(cfg, n_train)
         total = min(total, cfg.max_steps or total)
         trained, held = (sum(p.numel() for p in own) for own in (state.trained.values(), model.parameters()))
         log(f"{trained:,} of {held:,} parameters trained on {n_train:,} images of {cfg.data}; "

@@ -49,7 +49,7 @@ class ViTConfig:
         check_sizes(self)
         self.mean, self.std = tuple(self.mean), tuple(self.std)
         if max(map(abs, self.mean)) > 1000 or not all(0.001 <= s <= 1000 for s in self.std):
-            raise UserError(f"mean {self.mean} and std {self.std} are none of pixels from 0 to 1")
+            raise UserError(f"mean {self.mean} and std {self.std} do not fit pixels from 0 to 1")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.conv_stem and self.patch_size % STRIDE:

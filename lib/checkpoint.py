@@ -137,7 +137,7 @@ def build_empty(module_class, config_class, settings: dict, source) -> nn.Module
 def load_strict(module: nn.Module, tensors: dict[str, Tensor], source):
     """Give `module` its tensors, without a copy. Raises UserError unless all names and shapes agree."""
     if other := [f"{name} {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES]:
-        raise UserError(f"{source} holds types that are not for weights: {', '.join(other[:4])}")
+        raise UserError(f"{source} holds unsupported dtypes: {', '.join(other[:4])}")
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:

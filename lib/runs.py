@@ -151,7 +151,7 @@ class Log:
         try:
             if cfg.tracker == "wandb":
                 import wandb
-                run = wandb.init(project="vision-gpt", config=dataclasses.asdict(cfg), resume="allow")
+                run = wandb.init(project="vision-gpt", config=dataclasses.asdict(cfg))
                 self.send = lambda step, values: run.log(values, step=step)
             elif cfg.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter

@@ -31,6 +31,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -891,6 +892,73 @@ def archive_cases():
                           ["captions/captions.csv"], parts, ("set",), fine=("one byte longer?",))
 
 
+def shard_cases():
+    caption, parts = ["sample.py", "x.tar", "--checkpoint", "complete", "--max-length", "3"], ("complete", "photos/a.png")
+
+    def shard(write, mode="w", **settings):
+        def damage(folder):
+            with tarfile.open(folder / "x.tar", mode, **settings) as opened:
+                write(opened, folder)
+        return damage
+
+    def good(opened, folder):
+        opened.add(folder / "photos/a.png", "a.png")
+
+    def member(name="b.png", **fields):
+        def write(opened, folder):
+            info = tarfile.TarInfo(name)
+            info.__dict__.update(fields) if "size" not in fields else setattr(info, "size", fields["size"])
+            opened.addfile(info)
+            good(opened, folder)
+        return write
+
+    def block(kind, size, claimed, name=b"x"):
+        """A header of `kind` that claims a length, and what follows it."""
+        info = tarfile.TarInfo(name.decode())
+        info.type, info.size = kind, claimed
+        return info.tobuf(tarfile.GNU_FORMAT)[-512:] + bytes(size)
+
+    def raw(content):
+        return lambda folder: (folder / "x.tar").write_bytes(content() if callable(content) else content)
+
+    def cut(at):
+        def damage(folder):
+            shard(good)(folder)
+            (folder / "x.tar").write_bytes((folder / "x.tar").read_bytes()[:at])
+        return damage
+
+    done = ("x.jsonl",)
+    yield Case("tar good", caption, parts, shard(good), OK, done)
+    for kind in ("SYMTYPE", "LNKTYPE", "CHRTYPE", "FIFOTYPE", "DIRTYPE"):
+        yield Case(f"tar with {kind}", caption, parts,
+                   shard(member(type=getattr(tarfile, kind), linkname="/etc/passwd")), OK, done)
+    for name in ("../evil.png", "/etc/evil.png", "a\nb.png", "\udcff.png", "x" * 5000 + ".png", ".png"):
+        yield Case(f"tar with name {name[:12]!r}", caption, parts, shard(member(name)), ANY, done, lines=2)
+    for mode in ("w:gz", "w:bz2", "w:xz"):
+        yield Case(f"tar {mode}", caption, parts, shard(good, mode))
+    for at in (0, 1, 100, 511, 512, 700):
+        yield Case(f"tar cut at {at}", caption, parts, cut(at), ANY if at == 512 else ERROR, done if at == 512 else ())
+    for label, content in {
+            "is text": b"no archive" * 99, "is a picture": picture("PNG"),
+            "empty picture": lambda: block(tarfile.REGTYPE, 0, 0, b"b.png") + bytes(1024),
+            "size beyond the end": lambda: block(tarfile.REGTYPE, 0, 10**9, b"b.png") + bytes(1024),
+            "size beyond any": lambda: block(tarfile.REGTYPE, 0, 2**62, b"b.png") + bytes(1024),
+            "long name bomb": lambda: block(tarfile.GNUTYPE_LONGNAME, 0, 10**10) + bytes(1024),
+            "pax bomb": lambda: block(tarfile.XHDTYPE, 0, 10**10) + bytes(1024),
+            "names without end": lambda: block(tarfile.GNUTYPE_LONGNAME, 512, 5) * 3000}.items():
+        yield Case(f"tar {label}", caption, parts, raw(content), ANY, done, lines=2)
+    for label, prepare in {
+            "pipe": lambda f: os.mkfifo(f / "x.jsonl.partial"), "folder": lambda f: (f / "x.jsonl.partial").mkdir(),
+            "link": lambda f: os.symlink("photos/a.png", f / "x.jsonl.partial")}.items():
+        yield Case(f"tar, its output is a {label}", caption, parts,
+                   lambda folder, prepare=prepare: (shard(good)(folder), prepare(folder)))
+    yield Case("tar, captioned by somebody else", caption, parts, lambda folder: (
+        shard(good)(folder), (folder / "x.jsonl").write_text("mine")), OK)
+    yield Case("tar is a folder", caption, parts, lambda folder: (folder / "x.tar").mkdir())
+    yield Case("tar is a pipe", caption, parts, lambda folder: os.mkfifo(folder / "x.tar"))
+    yield Case("tar, its folder is a file", [*caption, "--out", "photos/a.png"], parts, shard(good))
+
+
 # --------------------------------------------------------------------------------------------------
 # cases: the network
 
@@ -1428,7 +1496,7 @@ def group_sources():
 
 GROUPS = {"config": group_config, "meta": group_meta, "sources": group_sources, "captions": caption_cases,
           "pictures": picture_cases, "names": name_cases, "outputs": output_cases, "numbers": number_cases,
-          "archives": archive_cases, "urls": url_cases, "weights": weight_cases, "containers": other_weight_cases,
+          "archives": archive_cases, "shards": shard_cases, "urls": url_cases, "weights": weight_cases, "containers": other_weight_cases,
           "sets": set_cases}
 WORLD = PORT = None
 

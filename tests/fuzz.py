@@ -14,6 +14,7 @@ import json
 import os
 import random
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -29,7 +30,16 @@ import torch  # noqa: E402
 
 import evaluate  # noqa: E402
 from data import CaptionSet  # noqa: E402
-from lib import caption_formats, checkpoint, images, records, runs, scenes, weight_formats  # noqa: E402
+from lib import (  # noqa: E402
+    caption_formats,
+    checkpoint,
+    images,
+    picture_sources,
+    records,
+    runs,
+    scenes,
+    weight_formats,
+)
 from lib.cli import UserError  # noqa: E402
 from lib.prepared_set import read_meta  # noqa: E402
 from model import VisionGPT, VisionGPTConfig  # noqa: E402
@@ -115,6 +125,12 @@ class Readers:
         with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("a.png", picture("PNG"))
             archive.writestr("captions.csv", "image,caption\na.png,a dog\n")
+        shard = io.BytesIO()
+        with tarfile.open(fileobj=shard, mode="w") as archive:
+            for name, content in {"a.png": picture("PNG"), "a.txt": b"a dog", "x" * 120 + ".jpg": b"no"}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
         script = io.BytesIO()
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), script)
         texts = {
@@ -159,6 +175,7 @@ class Readers:
             add(name, ([text], folder / "texts" / name, lambda f: self.captions(f)))
         (folder / "texts").mkdir()
         add("zip", ([zipped.getvalue()], folder / "x.zip", self.archive))
+        add("tar", ([shard.getvalue()], folder / "x.tar", self.shard))
         add(
             "log",
             (
@@ -225,6 +242,11 @@ class Readers:
         for member in caption_formats.list_files(str(file)):
             with contextlib.suppress(UserError):
                 caption_formats.read(member)
+
+    def shard(self, file):
+        for member in picture_sources.shard_members(str(file)):
+            with contextlib.suppress(UserError):
+                picture_sources.load_source(member)
 
     def problem(self, name, content):
         """What a reader does with `content` besides returning and UserError; None if nothing."""

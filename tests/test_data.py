@@ -191,6 +191,7 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone():
             epoch_batches(data, images, 3, 5, 5)                                     # nothing is carried on
             again = epoch_batches(data, images, 3, seed, epoch)
             assert [part.tolist() for part in again] == orders[seed, epoch]
+    assert [len(part) for part in epoch_batches(data, images[:10], 4, 0, 0, at_least=3)].count(6) == 1
     pairs = {frozenset(part) for order in orders.values() for part in order}
     assert len(pairs) > 4 * 130                                                # the company changes too
 

@@ -239,7 +239,7 @@ def test_return_sequences_come_image_after_image():
     (dict(top_k=0), "top_k is 0"),
     (dict(repetition_penalty=0.0), "repetition_penalty is 0.0"), (dict(max_length=0), "max_length is 0"),
     (dict(min_length=9, max_length=8), "min_length 9 is more than max_length 8"),
-    (dict(num_beams=3, temperature=1.0), "beam search does not sample"),
+    (dict(num_beams=3, temperature=1.0), "beam search cannot be combined"),
     (dict(num_return_sequences=2), "needs as many num_beams"),
     (dict(num_return_sequences=3, num_beams=2), "needs as many num_beams")], ids=str)
 def test_decoding_config_says_what_is_wrong(wrong, message):

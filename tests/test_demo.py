@@ -138,7 +138,7 @@ def test_a_long_prompt_leaves_room_or_is_refused(ask):
     ("num_beams=17", None, 400, "16 at most"),
     ("num_beams=0", None, 400, "at least 1|from 1"),
     ("temperature=nan", None, 400, "temperature"),
-    ("temperature=1&num_beams=2", None, 400, "beam search does not sample"),
+    ("temperature=1&num_beams=2", None, 400, "beam search cannot be combined"),
     ("max_length=1000", None, 400, "200 at most"),
     ("prompt=" + 501 * "a", None, 400, "500 at most"),
 ])

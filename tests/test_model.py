@@ -257,6 +257,9 @@ def test_a_picture_that_cannot_be_read_can_be_skipped(photos, tmp_path):
         expected = [texts[0], None, None, *texts[1:], None]
         assert model.caption(mixed, batch_size=size, errors="skip", max_length=6) == expected
     assert model.caption(bad, errors="skip") is None
+    several = dict(num_beams=2, num_return_sequences=2, max_length=6)
+    both = [None, None, *model.caption(photos[0], **several)]
+    assert model.caption([bad, photos[0]], 1, "skip", **several) == both
     with pytest.raises(UserError, match="bad.jpg"):
         model.caption(mixed, max_length=6)
 
@@ -304,6 +307,8 @@ def test_score_is_the_mean_log_probability_of_a_caption(photos):
         logits, _ = model(torch.tensor([[model.eos_id, *row]]), model.encode(image[None]))
         logprob = logits[0].log_softmax(-1)[range(len(row) + 1), [*row, model.eos_id]]
         assert abs(score - logprob.mean().item()) < 1e-4
+    with pytest.raises(UserError, match="longer than the [0-9]+ positions"):
+        model.score(images[:1], ["a dog " * 500])
 
 
 def test_nothing_global_changes(photos, tmp_path):

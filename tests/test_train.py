@@ -213,7 +213,7 @@ def test_a_training_step_is_what_the_formulas_say(part, base, config):
         mean, std = np.array(model.config.vit.mean), np.array(model.config.vit.std)
         seen = torch.from_numpy((np.stack(small) / 255 - mean) / std).permute(0, 3, 1, 2).double()
     parts = [[(i, base.model.tokenizer.encode(clean_caption(text))) for i in images for text in base.texts[i]]
-             for images in epoch_batches(data, data.split("train"), 2, cfg.seed, 0)[:2]]
+             for images in np.split(epoch_batches(data, data.split("train"), 4, cfg.seed, 0)[0], 2)]
     targets = [sum(1 + len(row) for _, row in part) for part in parts]
     assert targets[0] != targets[1] and len({i for i, _ in parts[0]}) == 2 < len(parts[0])
 
@@ -416,6 +416,30 @@ def test_processes_without_work_are_refused(config, monkeypatch):
         train(config(batch_size=8, grad_accumulation=2))
     with pytest.raises(UserError, match="with torchrun"):
         train(config(grad_accumulation=4))
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(UserError, match="8 training images, too few for --grad-accumulation 9"):
+        train(config(grad_accumulation=9))
+
+
+@pytest.mark.parametrize("batch_size, passes", [(1, 4), (2, 2), (3, 2), (5, 3)])
+def test_steps_see_the_images_of_a_larger_batch(batch_size, passes, config):
+    """Each forward pass some of them, what is left over at the end of an epoch included."""
+    class Nothing:
+        device = torch.device("cpu")
+
+        def __call__(self, images, rng):
+            return {}
+
+    seen = {}
+    for size, n in ((batch_size, passes), (batch_size * passes, 1)):
+        cfg = config(batch_size=size, grad_accumulation=n)
+        model, data = build_model(cfg)
+        steps = 2 * trainer.steps_per_epoch(cfg, len(data.split("train")))
+        batches = list(trainer.training_batches(data, Nothing(), cfg, range(steps)))
+        seen[n] = [sorted(np.concatenate([batch["numbers"] for batch in step])) for step in batches]
+        assert all(len(step) == n and all(len(batch["numbers"]) for batch in step) for step in batches)
+        assert sorted(sum(seen[n], [])) == sorted([*data.split("train")] * 2)
+    assert len(seen[passes]) < len(seen[1]) or seen[passes] == seen[1]
 
 
 # --------------------------------------------------------------------------------------------------
