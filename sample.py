@@ -210,14 +210,17 @@ def caption_shards(model: VisionGPT, files: dict[str, Path], config: SampleConfi
             with cli.naming(partial), open(partial, "a", encoding="utf-8") as lines:
                 cli.lock(lines, f"{label} another process is writing {partial}")
                 lines.truncate(0)
-                pictures = cli.progress(caption_pictures(model, members, config), label, len(members))
-                for p in pictures:
-                    failed += bool(p.error)
+                pictures, bad = caption_pictures(model, members, config), 0
+                for p in cli.progress(pictures, label, len(members)):
+                    bad += bool(p.error)
                     lines.write(json.dumps(record(p, config.num_return_sequences > 1)) + "\n")
                 lines.flush()
                 if os.name == "nt":                         # which renames no open file, and has no locks
                     lines.close()
                 os.replace(partial, file)
+            if bad:
+                print(f"{label} {bad} pictures cannot be read, see {printable(str(file))}", file=sys.stderr)
+            failed += bad
         except UserError as error:
             print(printable(str(error)), file=sys.stderr)
             failed += 1

@@ -87,7 +87,8 @@ def shard_members(shard: str) -> list[Member]:
                 if len(archive.members) > MAX_MEMBERS:
                     raise ValueError(f"more than {MAX_MEMBERS:,} files")
     except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
-        raise UserError(f"{shard} is not a whole tar file without compression: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shard} is not a whole tar file without compression: {reason}") from None
     return members
 
 

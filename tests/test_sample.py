@@ -148,7 +148,7 @@ def test_each_shard_gets_a_file_of_its_captions(run, folder, tmp_path):
     expected = dict(line.split("\t") for line in out.splitlines())
     status, out, err = run(tmp_path / "*.tar")
     first, bad, last = map(json.loads, (tmp_path / "0.jsonl").read_text().splitlines())
-    assert (status, out, err) == (1, "", "")
+    assert (status, out) == (1, "") and "0.tar, 1 of 2: 1 pictures cannot be read, see" in err
     assert [first["image"], bad["image"], last["image"]] == ["img10.png", "bad3.jpg", "img2.PNG"]
     assert {p["image"]: " ".join(p["caption"].split()) for p in (first, last)} == expected
     assert bad.keys() == {"image", "error"} and "bad3.jpg: it is not a JPEG" in bad["error"]
