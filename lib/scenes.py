@@ -41,6 +41,8 @@ class Scene:
     def __post_init__(self):
         if not 1 <= len(self.objects) <= 3:
             raise UserError(f"a scene has one to three objects, not {len(self.objects)}")
+        if (self.arrangement in PLACES) != (len(self.objects) == 1):
+            raise UserError(f"{len(self.objects)} objects are not {self.arrangement}")
 
 
 def read_scenes(folder: str, count: int) -> list[dict] | None:

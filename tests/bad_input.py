@@ -1463,7 +1463,7 @@ def group_meta():
     yield from json_cases("data/captions.json", args, ("complete", "data"), (), {"0": {"text"}, "": {"text"}})
     yield from json_cases("shapes/scenes.jsonl", ["evaluate.py", "--predictions", "shapes.json", "--data", "shapes"],
                           ("shapes", "shapes.json"), (), {"arrangement": {f"{label}?" for label in VALUES if label != "deep"}, "size": {"text"},
-                                                     "colour": {"text"}, "shape": {"text"}})
+                                                     "colour": {"text"}, "shape": {"text"}, "objects.0": {"gone"}})
 
 
 def group_sources():
