@@ -1404,7 +1404,7 @@ def caption_cases():
         yield from json_cases(f"captions/{name}", [*PREPARE, f"captions/{name}"], parts, out,
                               {key: {f"{label}?" for label in VALUES} for key in
                                ("split", "cocoid", "id", "image_id", "caption", "raw", "file_name", "filename",
-                                "sentences", "sentences.0", "annotations.0")}, lines=2)
+                                "sentences", "sentences.0", "annotations.0")} | {"images.0": {"gone?"}}, lines=2)
     for name in ("captions.csv", "flickr.txt", "rows.jsonl", "list.json", "coco_train.json", "karpathy.json"):
         yield from file_cases(f"captions/{name}", [*PREPARE, f"captions/{name}"], parts, out,
                               ("halved?", "one byte shorter?") + (("one byte longer?", "zeros?") if name[0] in "cfr" else ()),
