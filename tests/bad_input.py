@@ -762,7 +762,7 @@ def output_cases():
                ("source/published.pth", "run"))
     fresh = ("data", "weights")
     yield Case("train.py --out with *.tmp", [*TRAIN, "--out=new"], fresh, mine("new/thesis.tmp", "new/a.1.tmp"), OK,
-               ("new/[.cflst]*[!p]", "new/[cfls]*", "data/features-*", "new/tr*", "new/to*"))
+               ("new/[.cflst]*[!p]", "new/[cfls]*", "data/features-*", "new/tr*", "new/to*", "new/drafts*"))
     for name in ("tokenizer.json", "log.jsonl", "samples.png", "loss.png", "config.json", "fusion.safetensors",
                  "model.safetensors", "training_state.pt"):
         yield Case(f"train.py --out with {name}", [*TRAIN, "--out=new"], fresh, mine(f"new/{name}"), ERROR, ("new/.lock",))
