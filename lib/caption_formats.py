@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lib import records
-from lib.cli import UserError
+from lib.cli import UserError, printable
 from lib.images import MAX_IMAGE_BYTES, SUFFIXES
 
 OFFICIAL = {                                         # Flickr8k's own files: split, SHA-256 (its beginning)
@@ -281,7 +281,8 @@ def csv_rows(text: str, name: str) -> Iterator[tuple]:
             if row:
                 yield f"line {reader.line_num}", dict(zip(columns, row)) if len(row) == len(columns) else None
     except csv.Error as error:
-        raise UserError(f"{name} line {reader.line_num} is not CSV ({error}): put captions with commas or "
+        reason = printable(str(error))
+        raise UserError(f"{name} line {reader.line_num} is not CSV ({reason}): put captions with commas or "
                         "quotes in quotes, and double the quotes inside them") from None
 
 

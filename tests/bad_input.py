@@ -1136,7 +1136,7 @@ def weight_cases():
                     continue
                 text = json.loads(changed({key: json.loads(held[key])}, path, new))
                 # sample.py takes the config from config.json, and a hash is a label
-                accept = (path[-1], label) in (("dropout", "gone"), ("activation", "x")) or path[-1] == "transform"
+                accept = (path[-1], label) in (("dropout", "gone"), ("conv_stem", "gone"), ("activation", "x")) or path[-1] == "transform"
                 accept = accept or key in ("sha256", "checksum") or args[0] == "sample.py" or (
                     path[1:2] in (("mean",), ("std",), ("transform",), ("final_norm",)))
                 yield Case(f"{args[0]} {file} metadata: {'.'.join(map(str, path))} {label}", args, parts,

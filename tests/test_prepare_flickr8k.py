@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -455,6 +455,7 @@ def test_json_of_any_shape_gives_captions_or_one_line(content, suffix):
 
 
 @settings(deadline=None)
+@example(b'\t""\0', "txt", b"")                     # the reason of Python's csv holds a tab
 @given(st.binary(max_size=80) | st.text('a,"#0\t\n\r|é', max_size=60).map(str.encode),
        st.sampled_from(["txt", "json", "jsonl"]), st.sampled_from([b"", b"image,caption\n", b"1.jpg#0\t"]))
 def test_any_bytes_give_captions_or_one_line(content, suffix, beginning):
