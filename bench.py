@@ -250,7 +250,7 @@ def busy(device, quick):
             seconds.append(alone(*job)[0])
             process.kill()
         rows.append({"what": what, "s": seconds[0], "s beside": seconds[1], "times": seconds[1] / seconds[0]})
-    return {f"Beside a busy core, OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY')}": rows}
+    return {f"Beside a busy core, GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT')}": rows}
 
 
 def machine_name(device: torch.device) -> str:

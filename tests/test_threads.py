@@ -11,8 +11,9 @@ SETTINGS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 GIVEN = {name: value for name, value in os.environ.items() if name not in SETTINGS}
 
 
-def policy_when_torch_is_loaded(tmp_path, args, **environment):
-    (tmp_path / "torch.py").write_text("import os, sys\nsys.exit(f\"{os.environ.get('OMP_WAIT_POLICY')}\")")
+def settings_when_torch_is_loaded(tmp_path, args, **environment):
+    show = f"import os, sys\nsys.exit(str([os.environ.get(name) for name in {SETTINGS}]))"
+    (tmp_path / "torch.py").write_text(show)
     path = f"{ROOT}{os.pathsep}{tmp_path}"
     done = subprocess.run([sys.executable, *args], env=GIVEN | {"PYTHONPATH": path} | environment,
                           capture_output=True, text=True)
@@ -22,11 +23,11 @@ def policy_when_torch_is_loaded(tmp_path, args, **environment):
 @pytest.mark.parametrize("script", ["sample", "train", "evaluate", "demo", "bench"])
 def test_scripts_let_waiting_threads_sleep_unless_told_otherwise(script, tmp_path):
     args = [str(ROOT / f"{script}.py"), "--help"]
-    assert policy_when_torch_is_loaded(tmp_path, args) == "passive"
-    assert policy_when_torch_is_loaded(tmp_path, args, OMP_WAIT_POLICY="active") == "active"
-    assert policy_when_torch_is_loaded(tmp_path, args, GOMP_SPINCOUNT="7") == "None"
+    assert settings_when_torch_is_loaded(tmp_path, args) == "[None, '4000']"
+    assert settings_when_torch_is_loaded(tmp_path, args, OMP_WAIT_POLICY="active") == "['active', None]"
+    assert settings_when_torch_is_loaded(tmp_path, args, GOMP_SPINCOUNT="7") == "[None, '7']"
 
 
 def test_importing_the_library_or_a_script_settles_nothing(tmp_path):
     for module in ("model", "sample"):
-        assert policy_when_torch_is_loaded(tmp_path, ["-c", f"import {module}"]) == "None"
+        assert settings_when_torch_is_loaded(tmp_path, ["-c", f"import {module}"]) == "[None, None]"
