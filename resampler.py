@@ -1,4 +1,4 @@
-"""What is trained: a Perceiver Resampler and cross-attention, after Flamingo (https://arxiv.org/abs/2204.14198).
+"""What is trained: a Perceiver Resampler and cross-attention, after Flamingo (arXiv:2204.14198).
 
 Unlike Flamingo's, the latents look at the patches alone, not at each other, and cross-attention has no gate.
 
