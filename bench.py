@@ -11,7 +11,7 @@ weights if that is longer. HF is Hugging Face's captioner of the same sizes, but
 """
 
 if __name__ == "__main__":
-    import lib.threads  # noqa: F401  before torch
+    import lib.startup  # noqa: F401  before torch
 
 import copy
 import itertools

@@ -9,7 +9,7 @@ temperature, prompt ...), `seed`, and `attention=1` for where the model looked. 
 """
 
 if __name__ == "__main__":
-    import lib.threads  # noqa: F401  before torch
+    import lib.startup  # noqa: F401  before torch
 
 import mimetypes
 import os

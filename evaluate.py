@@ -11,7 +11,7 @@ they came with the pictures. Loss and perplexity are over all their tokens, end 
 """
 
 if __name__ == "__main__":
-    import lib.threads  # noqa: F401  before torch
+    import lib.startup  # noqa: F401  before torch
 
 import json
 import math

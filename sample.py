@@ -14,7 +14,7 @@ are captioned, and the exit status is 1. A shard whose captions are all written 
 """
 
 if __name__ == "__main__":
-    import lib.threads  # noqa: F401  before torch
+    import lib.startup  # noqa: F401  before torch
 
 import csv
 import itertools

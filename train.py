@@ -8,7 +8,7 @@
 """
 
 if __name__ == "__main__":
-    import lib.threads  # noqa: F401  before torch
+    import lib.startup  # noqa: F401  before torch
 
 import contextlib
 import functools

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import gc
 import math
 import os
 import re
@@ -121,6 +122,8 @@ def run(main: Callable[[], int | None]) -> None:
         if getattr(sys, name) is None:           # closed by the caller
             setattr(sys, name, open(os.devnull, mode))                                     # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")        # a character the console lacks is not fatal
+    gc.freeze()                                              # what is imported stays; see lib/startup.py
+    gc.enable()
     try:
         status = main()
         sys.stdout.flush()

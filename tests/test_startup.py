@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait is settled before torch is loaded, by the scripts alone."""
+"""What the scripts alone settle before torch is loaded: how OpenMP's threads wait, and garbage collection."""
 
 import os
 import subprocess
@@ -31,3 +31,9 @@ def test_scripts_let_waiting_threads_sleep_unless_told_otherwise(script, tmp_pat
 def test_importing_the_library_or_a_script_settles_nothing(tmp_path):
     for module in ("model", "sample"):
         assert settings_when_torch_is_loaded(tmp_path, ["-c", f"import {module}"]) == "[None, None]"
+
+
+def test_garbage_is_collected_again_when_a_script_has_started():
+    code = "import gc, lib.startup; held = gc.isenabled(); from lib import cli; "
+    code += "cli.run(lambda: held + 2 * gc.isenabled())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 2
