@@ -219,7 +219,7 @@ def caption_shards(model: VisionGPT, files: dict[str, Path], config: SampleConfi
                     lines.close()
                 os.replace(partial, file)
             if bad:
-                print(f"{label} {bad} pictures cannot be read, see {printable(str(file))}", file=sys.stderr)
+                print(f"{label} unreadable pictures: {bad}, see {printable(str(file))}", file=sys.stderr)
             failed += bad
         except UserError as error:
             print(printable(str(error)), file=sys.stderr)

@@ -13,17 +13,13 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_captioner
 from PIL import Image
 
 import demo
-from gpt2 import GPT2Config
 from lib.cli import UserError
-from model import VisionGPT, VisionGPTConfig
-from resampler import ResamplerConfig
+from model import VisionGPT
 from sample import caption_words
-from tokenizer import Tokenizer
-from vit import ViTConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PICTURE = ROOT / "assets/examples/coffee.jpg"
@@ -31,15 +27,7 @@ PICTURE = ROOT / "assets/examples/coffee.jpg"
 
 @pytest.fixture(scope="module")
 def model():
-    """Random everywhere, so that the picture matters; in eval mode. Most words are several tokens."""
-    tokenizer = Tokenizer.train(["a dog runs over the grass.", "two men on a bench"] * 9, 280)
-    config = VisionGPTConfig(ViTConfig(32, 8, 2, 2, 32, 64), GPT2Config(tokenizer.vocab_size, 40, 4, 2, 32),
-                             ResamplerConfig(8, 2, 2, 8, 16))
-    model = VisionGPT(config, tokenizer).eval()
-    torch.manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+    return random_captioner(n_positions=40)
 
 
 def serve(model):

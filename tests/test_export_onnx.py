@@ -7,29 +7,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_captioner
 from PIL import Image
 
 import export_onnx
-from gpt2 import GPT2Config, KVCache
+from gpt2 import KVCache
 from lib.cli import UserError
 from lib.images import normalize
-from model import VisionGPT, VisionGPTConfig
-from resampler import ResamplerConfig
-from tokenizer import Tokenizer
-from vit import ViTConfig
 
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = Tokenizer.train(["a dog runs over the grass."] * 9, 280)
-    config = VisionGPTConfig(ViTConfig(16, 8, 1, 2, 16, 32), GPT2Config(tokenizer.vocab_size, 32, 2, 2, 24),
-                             ResamplerConfig(4, 1, 2, 8, 16))
-    model = VisionGPT(config, tokenizer).eval()
-    torch.manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+    return random_captioner()
 
 
 def test_missing_packages_are_named(model, tmp_path, monkeypatch):

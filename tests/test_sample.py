@@ -10,30 +10,17 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_captioner
 from PIL import Image
 
 import sample
-from gpt2 import GPT2Config
 from lib import checkpoint, cli, distributed, figures
 from lib.cli import UserError
-from model import VisionGPT, VisionGPTConfig
-from resampler import ResamplerConfig
-from tokenizer import Tokenizer
-from vit import ViTConfig
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Random everywhere, so that its cross-attention matters; in eval mode."""
-    tokenizer = Tokenizer.train(["a dog runs over the grass.", "two men on a bench"] * 9, 300)
-    config = VisionGPTConfig(ViTConfig(32, 8, 2, 2, 32, 64), GPT2Config(tokenizer.vocab_size, 64, 4, 2, 32),
-                             ResamplerConfig(8, 2, 2, 8, 16))
-    model = VisionGPT(config, tokenizer).eval()
-    torch.manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+    return random_captioner()
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +135,7 @@ def test_each_shard_gets_a_file_of_its_captions(run, folder, tmp_path):
     expected = dict(line.split("\t") for line in out.splitlines())
     status, out, err = run(tmp_path / "*.tar")
     first, bad, last = map(json.loads, (tmp_path / "0.jsonl").read_text().splitlines())
-    assert (status, out) == (1, "") and "0.tar, 1 of 2: 1 pictures cannot be read, see" in err
+    assert (status, out) == (1, "") and "0.tar, 1 of 2: unreadable pictures: 1, see" in err
     assert [first["image"], bad["image"], last["image"]] == ["img10.png", "bad3.jpg", "img2.PNG"]
     assert {p["image"]: " ".join(p["caption"].split()) for p in (first, last)} == expected
     assert bad.keys() == {"image", "error"} and "bad3.jpg: it is not a JPEG" in bad["error"]
