@@ -138,6 +138,16 @@ class GPT2(nn.Module):
         """Hidden states (..., C) after the last block -> logits (..., vocabulary)."""
         return self.wte.unembed(self.ln_f(x))
 
+    def exact_logits(self, x: Tensor) -> Tensor:
+        """`logits` to choose a word by, in float32; the best are computed again where 16 bits make ties."""
+        x = self.ln_f(x)
+        logits = self.wte.unembed(x)
+        if logits.dtype == torch.float32:
+            return logits
+        best = logits.topk(min(8, logits.shape[-1])).indices                             # (..., 8)
+        exact = (self.wte.weight[best].float() * x.float()[..., None, :]).sum(-1)
+        return logits.float().scatter_(-1, best, exact)
+
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.embed(tokens, past=cache.length if cache else 0)
         for block in self.h:

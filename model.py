@@ -234,7 +234,7 @@ class VisionGPT(nn.Module):
         cache = KVCache(self.config.gpt2, B, length, self.device, dtype)
 
         def step(tokens: Tensor, last: int = 1) -> Tensor:
-            return self.gpt2.logits(self.hidden(tokens, cross_kv, cache=cache)[:, -last:])
+            return self.gpt2.exact_logits(self.hidden(tokens, cross_kv, cache=cache)[:, -last:])
 
         return decode(step, cache, start, config, self.eos_id, generator, self.drafts)
 
