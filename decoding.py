@@ -95,9 +95,10 @@ def greedy_with_drafts(step, cache, start, config, eos_id, drafts):
         agree = [token == other != eos_id for token, other in zip(guess, chosen)]
         right = [*agree, False].index(False)
         text += chosen[: right + 1]                          # the right guesses, and what follows the last
-        total += (likeliest - logits.logsumexp(-1))[: right + 1].sum().item()
+        total += (likeliest - logits.logsumexp(-1))[: right + 1].sum()
         cache.length = len(text) - 1
-    return cut(torch.tensor([text[first:]]), eos_id), [total / (len(text) - first) ** config.length_penalty]
+    score = float(total) / (len(text) - first) ** config.length_penalty
+    return cut(torch.tensor([text[first:]]), eos_id), [score]
 
 
 def greedy_or_sample(step, cache, start, config, eos_id, generator):
