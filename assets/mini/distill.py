@@ -17,14 +17,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+if __name__ == "__main__":
+    import lib.startup  # noqa: F401  before torch
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data import CaptionSet
 from lib import checkpoint, cli
