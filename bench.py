@@ -4,10 +4,11 @@
     python bench.py --quick                    # the machine, captions and training, fewer cases
     python bench.py --only caption --json caption.json
 
-Full size, random weights, captions of 20 tokens; times are medians, contenders run in turn. A floor is the
-counted arithmetic at the speed of the fastest matrix product found here or, in decoding, the time to read the
-weights if that is longer. HF is Hugging Face's captioner of the same sizes, but with 12 cross-attentions to
-197 tokens, where ours has 3 to 64. The original (lib/baselines.py) is timed at its first and last word.
+Full size, random weights, captions of 20 tokens; times are medians, contenders run in turn. The floor is
+the least time possible: the counted arithmetic at the speed of the fastest matrix product found here or, in
+decoding, the time to read the weights if that is longer. HF is Hugging Face's captioner of the same sizes,
+but with 12 cross-attentions to 197 tokens; ours has 3, to 64. The original (lib/baselines.py) is timed at its
+first and last word only.
 """
 
 if __name__ == "__main__":
@@ -276,7 +277,7 @@ SECTIONS = {section.__name__: section for section in (machine, caption, train, s
 @dataclass
 class BenchConfig:
     quick: bool = cli.flag(False, "the machine, captions and training alone, with fewer cases, repeated less")
-    only: str | None = cli.flag(None, "one section", choices=list(SECTIONS))
+    only: str | None = cli.flag(None, "run only this section", choices=list(SECTIONS))
     device: str = cli.flag("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     json: str | None = cli.flag(None, "write all numbers; without FILE to stdout", metavar="FILE", const="-")
 

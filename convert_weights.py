@@ -53,7 +53,8 @@ class ConvertConfig:
     checkpoint: str | None = flag(None, "trained checkpoint to turn into a stand-alone model",
                                   metavar="DIR|HUB_NAME")
     weights: str | None = flag(None, "another folder to look for --checkpoint's backbones in", metavar="DIR")
-    out: str | None = flag(None, "folder to write: weights, weights/vision-gpt or DIR-<dtype>", metavar="DIR")
+    out: str | None = flag(None, "folder to write; default: weights, weights/vision-gpt or DIR-<dtype>",
+                           metavar="DIR")
     dtype: str = flag("auto", "dtype to store the tensors in; auto means float32", choices=cli.DTYPES)
     heads: int | None = flag(None, "attention heads, if the source does not tell", min=1, max=1000)
     check: str | None = flag(None, "show what the converted models make of this image", metavar="IMAGE")

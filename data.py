@@ -48,7 +48,7 @@ class CaptionSet:
         if len(self.image_ids) != N:
             raise damaged(folder, "meta.json has another number of image_ids than of images")
         if self.tokens.max() >= own.eos_id:
-            raise damaged(folder, "tokens.bin is not of tokenizer.json")
+            raise damaged(folder, "tokens.bin does not belong to tokenizer.json")
         self.tokenizer = tokenizer or own
         if self.tokenizer.ranks != own.ranks:                      # the model reads other tokens
             clean = self.preprocessing["clean_captions"]

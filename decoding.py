@@ -2,7 +2,7 @@
 
 `step(tokens, last=1)` takes the newest tokens (R, T), adds them to the cache and returns the logits
 (R, last, V) of what follows each of the last ones. `cache.select(rows)` makes new row i continue old row
-rows[i]; `cache.length`, set back, forgets tokens. Row b * G + g is the g-th continuation of prompt b.
+rows[i]; lowering `cache.length` drops the last tokens. Row b * G + g is the g-th continuation of prompt b.
 
 Letters: B prompts, G rows (beams) per prompt, R rows, T text positions, V vocabulary.
 """
@@ -35,8 +35,9 @@ class DecodingConfig:
     prompt: str = flag("", "text that the caption starts with")
     min_length: int = flag(0, "minimum number of new tokens before the end token", min=0)
     max_length: int = flag(50, "maximum number of new tokens, the end token included", min=1)
-    drafts: bool = flag(True, "greedy captions of one picture at a time: check several likely tokens in a "
-                              "step, which is faster; in 16-bit dtypes near ties may fall otherwise")
+    drafts: bool = flag(True, "for greedy captions of one picture at a time: check several likely tokens in "
+                              "each step (speculative decoding), which is faster; in 16-bit dtypes near ties "
+                              "may be decided differently")
 
     def __post_init__(self):
         check_ranges(self)

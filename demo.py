@@ -1,7 +1,7 @@
-"""A page that captions pictures, in a browser: drop one, paste one, or take a photo.
+"""A web page that captions pictures: drop one, paste one, or take a photo.
 
     python demo.py --checkpoint out/flickr8k              # then open http://127.0.0.1:8000
-    python demo.py --host 0.0.0.0                         # for a phone, and everyone else, in this network
+    python demo.py --host 0.0.0.0                         # also for phones and everyone else in this network
     curl --data-binary @dog.jpg "http://127.0.0.1:8000/caption?num_beams=5"
 
 /caption takes the bytes of a picture and, in the query, the flags of sample.py that choose words (num_beams,
@@ -40,11 +40,12 @@ MOST = dict(num_beams=16, num_return_sequences=16, max_length=200, prompt=500)  
 
 @dataclass
 class DemoConfig:
-    checkpoint: str | None = flag(None, "checkpoint folder; default: as sample.py chooses", metavar="DIR")
-    weights: str | None = flag(None, "another folder with the frozen backbones", metavar="DIR")
+    checkpoint: str | None = flag(None, "checkpoint folder; default: the one that sample.py would choose",
+                                  metavar="DIR")
+    weights: str | None = flag(None, "another folder to look for the frozen backbones in", metavar="DIR")
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in, without a password")
-    port: int = flag(8000, "0 takes a free one", min=0, max=65535)
-    int8: bool = flag(False, "CPU: bfloat16, and GPT-2's weights in 8 bits")
+    port: int = flag(8000, "port to listen on; 0 picks a free one", min=0, max=65535)
+    int8: bool = flag(False, "on a CPU: compute in bfloat16, with GPT-2's weights in 8 bits")
     dtype: str = flag("auto", "auto: bfloat16 or float16 on a CUDA GPU, else float32", choices=cli.DTYPES)
     device: str = flag("auto", "auto: the GPU if there is one", choices=cli.DEVICES)
 
@@ -145,7 +146,7 @@ def main(args: list[str] | None = None) -> None:
     folder = checkpoint.find_checkpoint(config.checkpoint)
     server = make_server(config, load_model(folder, config), os.path.relpath(folder))
     caption(server.model, Image.new("RGB", (64, 64)), "attention=1")           # the first one takes longest
-    print(f"{server.url} captions pictures with {folder}; Ctrl-C ends it", flush=True)
+    print(f"open {server.url} to caption pictures with {folder}; Ctrl-C stops the server", flush=True)
     server.serve_forever()
 
 

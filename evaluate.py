@@ -149,7 +149,8 @@ def read_predictions(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, di
         key = str(entry.image_id if entry.image is None else entry.image)
         image = names.get(key, names.get(Path(key).name, ids.get(key)))
         if image is None:
-            raise UserError(f"{file}, entry {number}: {data.folder} has no image {key:.100}; name its --data")
+            raise UserError(f"{file}, entry {number}: {data.folder} has no image {key:.100}; choose the "
+                            "right set with --data")
         if image in texts:
             raise UserError(f"{file}, entry {number}: a second caption of {key}; give each image one")
         texts[image] = entry.caption

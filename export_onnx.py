@@ -11,8 +11,8 @@
     config.json     image_size, the sizes above, the start and end token `eos_id`, n_positions
     tokenizer.json  as in a checkpoint: the bytes of token i are base64 in ranks[i]
 
-Pictures are squashed to S x S with Pillow's bilinear filter. The files are then tried with onnxruntime, whose
-greedy captions of the example pictures must be PyTorch's.
+Pictures are squashed to S x S with Pillow's bilinear filter. At the end the files are run with onnxruntime:
+its greedy captions of the example pictures must equal PyTorch's.
 """
 
 import json
@@ -35,8 +35,9 @@ from sample import EXAMPLES
 
 @dataclass
 class ExportConfig:
-    checkpoint: str | None = flag(None, "checkpoint folder; default: as sample.py chooses", metavar="DIR")
-    weights: str | None = flag(None, "another folder with the frozen backbones", metavar="DIR")
+    checkpoint: str | None = flag(None, "checkpoint folder; default: the one that sample.py would choose",
+                                  metavar="DIR")
+    weights: str | None = flag(None, "another folder to look for the frozen backbones in", metavar="DIR")
     out: str = flag("web/model", "folder to write", metavar="DIR")
 
 
@@ -143,7 +144,7 @@ def check(model: VisionGPT, folder: Path, pictures: list[str]) -> None:
         expected, found = model.caption(picture), model.tokenizer.decode(exported.caption(picture)).strip()
         print(f"{picture}\t{found}")
         if found != expected:
-            raise UserError(f"PyTorch says of it: {expected}; do not use {folder}")
+            raise UserError(f"PyTorch captions it differently ({expected}): do not use {folder}")
 
 
 def main(args: list[str] | None = None) -> None:

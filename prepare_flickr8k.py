@@ -7,8 +7,8 @@
 Captions may come as Flickr8k's own files, Kaggle's captions.txt, Karpathy's dataset_flickr8k.json, COCO's
 captions_*.json, Hugging Face parquet (needs pyarrow), or as CSV or JSON lines with `image`, `caption` and
 optionally `split`. Folders and zip archives are searched for them; with only one of --images and --captions,
-the other is looked for in the same place. An image's split is that of its `split` field, else of Flickr8k's
-lists, else the word train, val or test in the caption file's name, else 80/10/10 by a hash of its name.
+the other is looked for in the same place. An image's split comes from its `split` field, else from Flickr8k's
+lists, else from the word train, val or test in the caption file's name, else from its name's hash, 80/10/10.
 """
 
 import collections
@@ -166,8 +166,8 @@ def collect(config: PrepareConfig) -> tuple[list[Entry], str, dict[str, list[str
     files = {name: fits[0] for name, fits in matches.items() if len(fits) == 1}
     if not files:
         raise UserError(f"none of the {len(matches):,} images in the captions is among the {len(pictures):,} "
-                        f"pictures in {pictures_path}: the captions name {first_few([captions[0].image])}, a "
-                        f"picture is {pictures[0].path}")
+                        f"pictures in {pictures_path}: the captions name {first_few([captions[0].image])}, "
+                        f"but the pictures have names such as {pictures[0].path}")
     first = {file: name for name, file in reversed(files.items())}     # two spellings of a file are one image
     captions = [c._replace(image=first[files[c.image]]) if c.image in files else c for c in captions]
     splits, origin = assign_splits(captions, lists)
@@ -181,7 +181,8 @@ def collect(config: PrepareConfig) -> tuple[list[Entry], str, dict[str, list[str
     images = [Entry(name, split, by_image[name][0].image_id, [c.text for c in by_image[name]], files[name])
               for name, split in splits.items() if name in files]
     if not any(image.split for image in images):
-        raise UserError(f"according to {origin}, none of {len(images):,} images is in train, val or test")
+        raise UserError(f"according to {origin}, none of {len(images):,} images is in train, val or "
+                        "test; --help says where splits come from")
     return images, origin, skipped
 
 

@@ -4,10 +4,10 @@
     python prepare_shapes.py --train-scenes 2000 --seed 1 --out data/shapes-small
 
 A caption states everything: the size, colour and shape of each object, and its place (one object) or their
-order or relation (two or three). What is tested was never trained on, in two ways. No arrangement in val or
-test (the same objects in the same order, or one object in the same place) occurs in train. And the three
-kinds of object in HELD_OUT occur nowhere in train, although each of their sizes, colours and shapes does, and
-each pair of these; two in five test scenes hold one.
+order or relation (two or three). Test scenes are new to the model in two ways. No arrangement in val or test
+(the same objects in the same order, or one object in the same place) occurs in train. And the three
+kinds of object in HELD_OUT occur nowhere in train, although each of their sizes, colours and shapes, and each
+pair of these, does; two in five test scenes contain one.
 """
 
 import itertools
@@ -46,7 +46,7 @@ VOCAB_SIZE = 512                                 # enough for every word to be o
 class ShapesConfig:
     out: str = flag("data/shapes", "folder to write")
     train_scenes: int = flag(8000, "scenes to train on", min=1, max=999_999)
-    eval_scenes: int = flag(500, "scenes each of val and test", min=1, max=999_999)
+    eval_scenes: int = flag(500, "scenes in each of val and test", min=1, max=999_999)
     image_size: int = flag(96, "width and height of a picture in pixels; in small ones, shapes look alike",
                            min=32, max=1024)
     seed: int = flag(0, "another seed draws other scenes")

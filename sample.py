@@ -47,11 +47,11 @@ MAX_WORDS = 60                         # under which attention is drawn, of one 
 class CaptionerConfig(DecodingConfig):
     """A trained model, and how it captions: what sample.py and evaluate.py share."""
     checkpoint: str | None = flag(None, "checkpoint folder; default: the newest in out/ trained on photos, "
-                                  "or weights/vision-gpt, or assets/mini", metavar="DIR")
-    weights: str | None = flag(None, "another folder with the frozen backbones", metavar="DIR")
+                                  "else weights/vision-gpt, else assets/mini", metavar="DIR")
+    weights: str | None = flag(None, "another folder to look for the frozen backbones in", metavar="DIR")
     batch_size: int = flag(16, "pictures captioned at once", min=1, max=4096)
-    int8: bool = flag(False, "CPU: bfloat16, and GPT-2's weights in 8 bits: less exact; faster, but not with "
-                             "beams or many pictures at once")
+    int8: bool = flag(False, "on a CPU: compute in bfloat16, with GPT-2's weights in 8 bits; less exact, and "
+                             "faster only without beams and for few pictures at once")
     seed: int = flag(0, "for sampling: the same seed, pictures, flags and batch size give the same captions")
     dtype: str = flag("auto", "auto: bfloat16 or float16 on a CUDA GPU, else float32", choices=cli.DTYPES)
     device: str = flag("auto", "auto: the GPU if there is one", choices=cli.DEVICES)
@@ -69,15 +69,16 @@ class SampleConfig(CaptionerConfig):
     images: list[str] = flag(list, "files, folders (without subfolders), glob patterns, URLs, - for stdin, "
                              "or .tar shards as webdataset writes them; default: the pictures in "
                              "assets/examples", metavar="IMAGE", positional=True)
-    out: str | None = flag(None, "folder of the JSON-lines file that each .tar shard gets; default: the "
-                           "shard's own", metavar="DIR")
+    out: str | None = flag(None, "folder for the JSON-lines files, one per .tar shard; default: the "
+                           "shard's own folder", metavar="DIR")
     json: str | None = flag(None, "write a list of {image, caption, score}; to stdout if FILE is left out",
                             metavar="FILE", const="-")
     csv: str | None = flag(None, "write a table with the columns image and caption", metavar="FILE")
     save: str | None = flag(None, f"draw the first {DRAWN} pictures with their captions", metavar="PNG")
     attention: str | None = flag(None, "draw where the model looked for each word of the first caption of "
                                  f"the first {DRAWN} pictures", metavar="PNG")
-    attention_layer: int | None = flag(None, "draw cross-attention before this block of GPT-2, not the mean")
+    attention_layer: int | None = flag(None, "draw only the cross-attention before this block of GPT-2, not "
+                                      "the mean of all")
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,7 +88,7 @@ class SampleConfig(CaptionerConfig):
         for file in filter(None, (self.save, self.attention)):
             figures.picture_format(file)
         if self.attention_layer is not None and not self.attention:
-            raise UserError("--attention-layer goes with --attention, which draws: add that")
+            raise UserError("--attention-layer needs --attention: add it")
 
 
 @dataclass

@@ -64,8 +64,8 @@ class Tokenizer:
         try:
             content = read_json(TokenizerFile, file, LARGEST)
         except FileNotFoundError:
-            raise UserError(f"{file} is missing; it is written with the data, the weights and every "
-                            "checkpoint. GPT-2's own comes from python convert_weights.py --gpt2 "
+            raise UserError(f"{file} is missing; it belongs to every prepared set and checkpoint, and to "
+                            "weights/. GPT-2's own is written by python convert_weights.py --gpt2 "
                             "FOLDER-WITH-merges.txt") from None
         if content.pattern != PATTERN or content.specials != {END: len(content.ranks)}:
             raise UserError(f"{file} is damaged (pattern and specials are not GPT-2's); copy it again")

@@ -50,10 +50,11 @@ class TrainConfig:
     data: str = flag("data/flickr8k", "folder of a prepared dataset")
     out: str = flag("", "checkpoint folder; out/PRESET when empty")
     weights: str = flag("weights", "folder of vit.safetensors and gpt2.safetensors, from convert_weights.py")
-    vit: str = flag("", "ViT file, if it is not the one in --weights or --init-from; or a whole checkpoint")
-    gpt2: str = flag("", "GPT-2 file, if it is not the one in --weights")
+    vit: str = flag("", "ViT file to use, or a checkpoint to take it from, instead of that in --weights or "
+                        "--init-from")
+    gpt2: str = flag("", "GPT-2 file to use instead of that in --weights")
     init_from: str = flag("", "fine-tune the model in this checkpoint folder")
-    train: str = flag("fusion", "what to train: resampler and cross-attention, GPT-2 too, or everything",
+    train: str = flag("fusion", "what to train: resampler and cross-attention, also GPT-2, or everything",
                       choices=["fusion", "text", "all"])
     epochs: int = flag(8, "passes over the training images", min=1)
     max_steps: int = flag(0, "stop after this many optimizer steps; 0: when the epochs are done", min=0)
@@ -65,18 +66,18 @@ class TrainConfig:
     warmup_steps: int = flag(100, "optimizer steps of linear warm-up", min=0)
     weight_decay: float = flag(0.01, "AdamW weight decay, on matrices only", min=0, max=1000)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off", min=0, max=1e9)
-    dropout: float = flag(0.1, "on attention and MLP outputs of what is trained", min=0, max=0.99)
+    dropout: float = flag(0.1, "dropout on attention and MLP outputs of the trained parts", min=0, max=0.99)
     word_dropout: float = flag(0.0, "share of the input tokens replaced by the end token; targets stay",
                                min=0, max=0.99)
     label_smoothing: float = flag(0.0, "share of each target spread over the vocabulary, in training only",
                                   min=0, max=0.99)
     augment: bool = flag(False, "random crops and flips; the ViT's features are then not cached")
-    self_critical: int = flag(0, "captions sampled per image in a step, rewarded by CIDEr-D; 0: learn from "
-                                 "people's captions", min=0, max=1024)
+    self_critical: int = flag(0, "captions sampled per image in a step, rewarded by CIDEr-D (self-"
+                                 "critical training); 0: learn from the reference captions", min=0, max=1024)
     blind: bool = flag(False, "replace every picture by the same grey one: the caption-only baseline")
     eval_interval: int = flag(200, "optimizer steps between evaluations", min=1)
     eval_images: int = flag(500, "validation images per evaluation, with all their captions", min=1)
-    eval_captions: int = flag(0, "of these, how many are captioned and scored; 0: none", min=0)
+    eval_captions: int = flag(0, "how many of the --eval-images to caption and score; 0: none", min=0)
     select: str = flag("loss", "validation score that picks the checkpoint", choices=["loss", "CIDEr"])
     save_interval: int = flag(200, "optimizer steps between saves of the training state", min=1)
     log_interval: int = flag(20, "optimizer steps between log lines", min=1)
@@ -87,27 +88,27 @@ class TrainConfig:
                       choices=cli.DTYPES)
     threads: int = flag(0, "CPU threads; 0: PyTorch's choice", min=0, max=256)
     tracker: str = flag("none", "also log to wandb or tensorboard", choices=["none", "wandb", "tensorboard"])
-    resume: bool = flag(False, "continue the run in --out with its saved settings; only lengths, intervals "
-                         "and --device may change")
-    overwrite: bool = flag(False, "start again in a folder that holds a run")
+    resume: bool = flag(False, "continue the run in --out with its saved settings; only --epochs, "
+                         "--max-steps, the intervals, --num-samples, --tracker and --device may change")
+    overwrite: bool = flag(False, "discard the run in --out and start again")
 
     def __post_init__(self):
         self.out = self.out or f"out/{self.preset}"
         cli.check_ranges(self)
         if self.gpt2 and (self.init_from or self.preset != "flickr8k"):
-            raise UserError("--gpt2 starts a model of preset flickr8k: leave it out with --init-from or "
-                            "another preset")
+            raise UserError("--gpt2 is only for a new model of preset flickr8k: leave it out with "
+                            "--init-from or another preset")
         if self.vit and self.preset == "shapes":
-            raise UserError("--vit is not for preset shapes, which draws what its own ViT learns to see")
+            raise UserError("--vit cannot go with preset shapes, which trains a ViT of its own: leave it out")
         if self.self_critical and (self.self_critical < 2 or not self.init_from):
-            raise UserError("--self-critical compares 2 captions or more of a trained model: name its "
-                            "folder with --init-from")
+            raise UserError("--self-critical samples at least 2 captions per image from a trained model: "
+                            "name its folder with --init-from")
         if self.select == "CIDEr" and self.eval_captions < 2:        # what all captions say counts nothing
             raise UserError("--select CIDEr needs captions to score: add --eval-captions 500")
         if self.resume and self.overwrite:
             raise UserError("--resume continues the run, --overwrite throws it away: give one of them")
         if self.init_from and os.path.realpath(self.init_from) == os.path.realpath(self.out):
-            raise UserError(f"--init-from {self.init_from} would be written over: name another --out")
+            raise UserError(f"--init-from {self.init_from} would be overwritten: name another --out")
 
 
 MINI_VOCABULARY = 3072                 # tokens of the BPE that the mini preset trains on its captions
@@ -173,7 +174,8 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
         if cfg.vit:
             vit, width = read_vit(Path(cfg.vit)), model.config.vit.n_embd
             if vit.config.n_embd != width:
-                raise UserError(f"{cfg.vit} is {vit.config.n_embd} wide, the model's own ViT {width}")
+                raise UserError(f"the ViT in {cfg.vit} has width {vit.config.n_embd}, but the model's own "
+                                f"has {width}: give one of the same width")
             model.vit, model.config.vit = vit, vit.config
             if model.backbones:
                 model.backbones["vit"] = Path(cfg.vit)
@@ -185,7 +187,7 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
         data = CaptionSet(cfg.data, Tokenizer.load(beside) if (beside / "tokenizer.json").exists() else None)
         if missing := [str(file) for file in files.values() if not file.exists()]:
             raise UserError(f"{' and '.join(missing)} missing: run python convert_weights.py, or name their "
-                            f"folder with --weights; --preset shapes needs none")
+                            f"folder with --weights; --preset shapes needs no weights")
         model = VisionGPT.from_backbones(files, data.tokenizer)
         model.require_tokenizer()                                     # raises UserError if it is not GPT-2's
     else:
@@ -450,7 +452,7 @@ def evaluate(model: VisionGPT, data: CaptionSet, inputs: ImageInputs, cfg: Train
         texts, images = texts[: cfg.eval_captions], images[: cfg.eval_captions]
         references = [data.references(i) for i in images]
         cider, shuffled = (score(said, references)[0]["CIDEr"] for said in (texts, texts[1:] + texts[:1]))
-        log(f"  CIDEr {cider:.4f}, of the next image's captions {shuffled:.4f}; {ended:.1%} came to an end")
+        log(f"  CIDEr {cider:.4f}, with the next image's captions {shuffled:.4f}; {ended:.1%} came to an end")
         scores |= dict(val_cider=cider, val_cider_shuffled=shuffled, val_ended=ended)
     logger.write(state.step, **scores)
     error = val_loss if cfg.select == "loss" else -cider
@@ -494,8 +496,8 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
     passes, n_process, leads = cfg.grad_accumulation, distributed.world_size(), distributed.rank() == 0
     if passes < n_process:
         size = max(1, cfg.batch_size * passes // n_process)
-        raise UserError(f"{n_process} processes share the forward passes of a step: begin with --batch-size "
-                        f"{size} --grad-accumulation {n_process}, or start at most {passes}")
+        raise UserError(f"{n_process} processes share the forward passes of a step: run with --batch-size "
+                        f"{size} --grad-accumulation {n_process}, or start at most {passes} processes")
     with (distributed.processes(cli.pick_device(cfg.device)) as device, cpu_threads(cfg.threads),
           run_folder(cfg) as out):
         # model, data, optimizer
@@ -570,7 +572,7 @@ def train(cfg: TrainConfig, saved: dict | None = None) -> float:
 def main():
     cfg, saved = resolve_config(cli.parse(TrainConfig, __doc__))
     with cli.out_of_memory(f"lower --batch-size ({cfg.batch_size}) and raise --grad-accumulation "
-                           f"({cfg.grad_accumulation}) as much; --dtype bfloat16 needs less"):
+                           f"({cfg.grad_accumulation}) by the same factor; --dtype bfloat16 takes less"):
         train(cfg, saved)
 
 

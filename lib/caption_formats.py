@@ -59,7 +59,7 @@ def list_files(path: str) -> list[File]:
     if os.path.isdir(path):
         entries = list(itertools.islice(Path(path).rglob("*"), MAX_FILES + 1))
         if len(entries) > MAX_FILES:
-            raise UserError(f"{path} holds more than {MAX_FILES:,} files; name the folder that is meant")
+            raise UserError(f"{path} holds more than {MAX_FILES:,} files; name the subfolder that you mean")
         files = [disk_file(p, p.relative_to(path)) for p in sorted(entries) if p.is_file()]
     elif not os.path.exists(path):
         raise UserError(f"{path} does not exist")
@@ -297,7 +297,7 @@ def parquet_rows(file: File, pictures: list) -> list[tuple]:
         table = pyarrow.parquet.ParquetFile(file.open())
         columns = {field.name: field.type for field in table.schema_arrow}
         if not pyarrow.types.is_struct(columns.pop("image", pyarrow.null())):
-            raise UserError(f"{file.path} has no column image of bytes and path")
+            raise UserError(f"{file.path} has no column `image` with bytes and path")
         for group in range(table.num_row_groups):
             for index, row in enumerate(table.read_row_group(group, list(columns)).to_pylist()):
                 image = f"{basename(file.path)}/{row.get('filename') or f'{len(rows):06}.jpg'}"

@@ -273,8 +273,8 @@ def claim_folder(out: str, names: Iterable[str], mark: str, of: str, ours: bool)
     os.makedirs(out, exist_ok=True)
     held, mark = [n for n in names if os.path.lexists(os.path.join(out, n))], os.path.join(out, mark)
     if held and not (ours or os.path.exists(mark)):
-        raise UserError(f"{out} holds a file {held[0]} that would be replaced but is not of {of}: "
-                        "move it away, or name another folder with --out")
+        raise UserError(f"{out} holds a file {held[0]} that would be replaced but does not belong to "
+                        f"{of}: move it away, or name another folder with --out")
     with open(mark, "w") as file:
         lock(file, f"another run is writing {out}: wait for it, or name another folder with --out")
         for rest in (rest for name in names for rest in Path(out).glob(f"{name}.[0-9]*.tmp")):

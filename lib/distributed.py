@@ -1,6 +1,6 @@
-"""Several processes of one run, as torchrun starts them: one a GPU over NCCL, on CPUs over gloo.
+"""Several processes of one run, as torchrun starts them: one per GPU, over NCCL, or on CPUs, over gloo.
 
-Alone, a process is number 0 of 1, and nothing here does anything. Numbers travel over gloo, without the GPU.
+A process on its own is number 0 of 1, and nothing here has any effect. Counts travel over gloo, not the GPU.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def total(number: int) -> int:
         try:
             dist.all_reduce(summed := torch.tensor(number))
         except RuntimeError:
-            raise UserError("another process of this run has ended; what it said itself tells why") from None
+            raise UserError("another process of this run has ended; its own message tells why") from None
         number = summed.item()
     return number
 

@@ -159,7 +159,7 @@ def authorize(request: urllib.request.Request) -> urllib.request.Request:
 
 def explain(error: urllib.error.HTTPError, url: str) -> str:
     hints = {401: "the name is wrong, or it is private: set HF_TOKEN to a token that may read it",
-             403: "access has to be asked for on its page, and HF_TOKEN set to a token that may read it",
+             403: "ask for access on its page, and set HF_TOKEN to a token that may read it",
              404: "it has no such repository or file"} if url.startswith(f"{HUB}/") else {}
     return f"HTTP {error.code} {error.reason}" + (f" ({hints[error.code]})" if error.code in hints else "")
 

@@ -66,5 +66,5 @@ def read_drafts(folder: Path, vocab_size: int) -> dict[int, int] | None:
     rows = read_tensors(folder / FILE).get("drafts", torch.empty(0))
     if rows.dtype != torch.int32 or rows.shape != (2, min(rows.shape[-1], LARGEST)) or not (
             (rows >= 0) & (rows < torch.tensor([[PRIME], [vocab_size]]))).all():
-        raise UserError(f"{folder / FILE} is not of this model: delete it, captions will only take longer")
+        raise UserError(f"{folder / FILE} is of another model: delete it, captions will only take longer")
     return dict(zip(*rows.tolist()))

@@ -69,7 +69,7 @@ def set_folder(out: str) -> Iterator[None]:
     ours, unfinished = None, os.path.join(out, ".unfinished")
     with contextlib.suppress(UserError, OSError):
         ours = read_meta(out)
-    of = "a prepared set, or of a damaged one"
+    of = "a prepared set, or only to a damaged one"
     with cli.claim_folder(out, SET_FILES, ".unfinished", of, ours is not None):
         try:
             yield
@@ -156,5 +156,5 @@ def read_index(folder: str, captions: int) -> tuple[np.ndarray, np.ndarray]:
     found = offset.dtype, offset.shape, image.dtype, image.shape
     if found != (np.int64, (captions + 1,), np.int32, (captions,)) or offset[0] or (
             offset[1:] < offset[:-1]).any():
-        raise damaged(folder, "index.npz is not of captions.json")
+        raise damaged(folder, "index.npz does not belong to captions.json")
     return offset, image

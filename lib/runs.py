@@ -109,7 +109,8 @@ class TrainState:
         """Continue from what `read_state` gave. Raises UserError if weights or captions are others now."""
         held = {name: tensor.shape for name, tensor in saved["model"].items()}
         if saved["backbones"] != self.inputs or held != {name: p.shape for name, p in self.trained.items()}:
-            raise UserError(f"the weights or the data have changed since the run in {out} started")
+            raise UserError(f"the weights or the data have changed since the run in {out} started: restore "
+                            "them, or start again with --overwrite")
         own, moments = self.optimizer.state_dict(), saved["optimizer"]["state"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         tensors = [*saved["model"].values(), *(t for moment in moments.values() for t in moment.values())]

@@ -1,10 +1,10 @@
-"""Imported by the scripts before torch: threads that wait for each other soon sleep, and do not spin on.
+"""Imported by the scripts before torch: threads that wait for each other spin only briefly, then sleep.
 
-Where another program has one of the cores, a spinning thread takes the time that its partner needs, and
-captioning becomes several times slower; threads that sleep at once are slow to wake on an idle machine.
-GCC's OpenMP, which torch uses on Linux, reads the setting once, when torch is loaded; yours stays.
+Where another program keeps one of the cores busy, a spinning thread takes CPU time from the one it waits for,
+and captioning becomes several times slower; threads that sleep at once are slow to wake on an idle machine.
+GCC's OpenMP, which torch uses on Linux, reads the setting once, when torch is loaded; your own is kept.
 
-Nor is garbage looked for among what is imported, a tenth of a script's start, until `lib.cli.run`.
+Garbage collection is off until `lib.cli.run`: during imports it takes a tenth of a script's start-up.
 """
 
 import gc

@@ -100,7 +100,7 @@ def test_a_table_of_another_kind_is_refused(tensors, tmp_path):
     write_tensors(tmp_path / drafts.FILE, {"drafts": ROWS})
     assert drafts.read_drafts(tmp_path, 3) == {5: 0, 6: 1, 7: 2}
     write_tensors(tmp_path / drafts.FILE, tensors)
-    with pytest.raises(UserError, match="drafts.safetensors is not of this model: delete it"):
+    with pytest.raises(UserError, match="drafts.safetensors is of another model: delete it"):
         drafts.read_drafts(tmp_path, 3)
     (tmp_path / drafts.FILE).write_bytes(b"no table")
     with pytest.raises(UserError, match="not a whole safetensors file"):

@@ -143,7 +143,7 @@ def test_token_goes_to_the_hub_alone(hub, monkeypatch, place):
 
 def test_refusals_of_the_hub_say_what_to_do(hub, monkeypatch):
     hub.gated = ["someone/vit"]
-    with pytest.raises(UserError, match="HTTP 403.*asked for on its page"):
+    with pytest.raises(UserError, match="HTTP 403.*ask for access on its page"):
         convert_vit()
     with pytest.raises(UserError, match="HTTP 401.*name is wrong"):
         convert(ConvertConfig(vit="someone/typo"))

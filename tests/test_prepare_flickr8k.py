@@ -524,7 +524,7 @@ def test_run_that_was_killed_is_begun_again_and_two_at_once_are_refused(given_se
 def test_damaged_meta_json_is_not_taken_for_a_set(given_set, meta):
     prepare(given_set, BYTES)
     write(Path(given_set.out) / "meta.json", meta)
-    with pytest.raises(UserError, match="that would be replaced but is not of a prepared set"):
+    with pytest.raises(UserError, match="that would be replaced but does not belong to a prepared set"):
         prepare(given_set, BYTES)
 
 

@@ -63,7 +63,7 @@ def run(folder, capsys):
     (["a.jpg", "--batch-size", str(10**9)], "from 1 to 4096"),
     (["a.jpg", "--csv", "a", "--json", "./a"], "--json and --csv both write a"),
     (["a.jpg", "--num-return-sequences", "2"], "num_beams"),
-    (["a.jpg", "--attention-layer", "2"], "goes with --attention"),
+    (["a.jpg", "--attention-layer", "2"], "needs --attention"),
     (["a.jpg", "--out", "captions"], "for .tar shards"),
     (["a.jpg", "a.tar"], "a.tar is a shard, a.jpg is not"),
     (["a.tar", "--csv", "a.csv"], "--csv is for pictures"),

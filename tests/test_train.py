@@ -507,7 +507,7 @@ def test_used_folder_is_refused_resumed_or_overwritten(base, config):
     assert list(log_of(cfg, "loss")) == [1] and "gpt2.wte.weight" in state_of(cfg)["model"]
     with pytest.raises(UserError, match="give one of them"):
         config(resume=True, overwrite=True)
-    with pytest.raises(UserError, match="would be written over"):  # a run cannot start from itself
+    with pytest.raises(UserError, match="would be overwritten"):  # a run cannot start from itself
         config(overwrite=True, init_from=cfg.out)
 
 
@@ -569,7 +569,7 @@ def test_files_of_others_are_neither_replaced_nor_removed(config):
     for name in ("thesis.tmp", "a.12.tmp"):
         (out / name).write_text("mine")
     (out / "tokenizer.json").write_text("mine")
-    with pytest.raises(UserError, match="holds a file tokenizer.json .* not of a training run"):
+    with pytest.raises(UserError, match="holds a file tokenizer.json .* not belong to a training run"):
         train(cfg)
     assert {file.name for file in out.iterdir()} == {"thesis.tmp", "a.12.tmp", "tokenizer.json"}
     (out / "tokenizer.json").unlink()
@@ -674,7 +674,7 @@ def test_settings_that_cannot_be_are_refused(flag, value, message):
 @pytest.mark.parametrize("given", [dict(gpt2="file", preset="shapes"), dict(gpt2="file", preset="mini"),
                                    dict(gpt2="file", init_from="out/run"), dict(vit="file", preset="shapes")])
 def test_backbones_that_would_not_be_read_are_refused(given):
-    with pytest.raises(UserError, match="--gpt2 starts a model of preset|--vit is not for preset shapes"):
+    with pytest.raises(UserError, match="--gpt2 is only for a new model|--vit cannot go with preset shapes"):
         TrainConfig(**given)
 
 
@@ -896,7 +896,7 @@ def test_a_model_is_fine_tuned_behind_another_vit(source, base, config, tmp_path
     assert torch.equal(seen.gpt2.wte.weight, base.model.gpt2.wte.weight)
     narrow = ViT(dataclasses.replace(base.model.config.vit, n_embd=8, n_head=2))
     checkpoint.save_module(narrow, file)
-    with pytest.raises(UserError, match="is 8 wide, the model's own ViT 12"):
+    with pytest.raises(UserError, match="has width 8, but the model's own has 12"):
         build_model(cfg)
 
 
@@ -959,7 +959,7 @@ def test_self_critical_gradient_is_that_of_the_expected_reward(base, config, mon
 
 @pytest.mark.parametrize("given, message", [
     (dict(self_critical=5), "name its folder with --init-from"),
-    (dict(self_critical=1, init_from="out/run"), "2 captions or more"),
+    (dict(self_critical=1, init_from="out/run"), "at least 2 captions"),
     (dict(select="CIDEr"), "add --eval-captions")])
 def test_rewards_need_a_model_and_captions(given, message):
     with pytest.raises(UserError, match=message):

