@@ -50,8 +50,8 @@ class TrainConfig:
     data: str = flag("data/flickr8k", "folder of a prepared dataset")
     out: str = flag("", "checkpoint folder; out/PRESET when empty")
     weights: str = flag("weights", "folder of vit.safetensors and gpt2.safetensors, from convert_weights.py")
-    vit: str = flag("", "ViT file to use, or a checkpoint to take it from, instead of that in --weights or "
-                        "--init-from")
+    vit: str = flag("", "ViT file to use instead of that in --weights or --init-from; with preset mini, a "
+                        "checkpoint will do")
     gpt2: str = flag("", "GPT-2 file to use instead of that in --weights")
     init_from: str = flag("", "fine-tune the model in this checkpoint folder")
     train: str = flag("fusion", "what to train: resampler and cross-attention, also GPT-2, or everything",
