@@ -204,20 +204,19 @@ class VisionGPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, images: Tensor | None = None, visual: Tensor | None = None,
-                 generator: torch.Generator | None = None, return_scores: bool = False, **decoding):
+                 generator: torch.Generator | None = None, **decoding) -> list[str]:
         """Preprocessed images (B, 3, S, S), or visual tokens -> captions as texts, image after image.
 
         Takes the fields of DecodingConfig; without images or visual tokens it continues the prompt as plain
-        GPT-2. `generator` seeds sampling. With `return_scores` also log-probability / length**length_penalty
-        of each text. Raises UserError when prompt and max_length do not fit GPT-2's positions.
+        GPT-2. `generator` seeds sampling. Raises UserError when prompt and max_length do not fit GPT-2's
+        positions.
         """
         for name in decoding.keys() - (known := DecodingConfig.__dataclass_fields__):
             raise UserError(f"unknown decoding setting {name}{nearest(name, known)}")
         config = DecodingConfig(**decoding)
         prompt = self.require_tokenizer().encode(config.prompt)
-        tokens, scores = self.generate_tokens(config, prompt, images, visual, generator)
-        texts = [self.tokenizer.decode(prompt + row).strip() for row in tokens]
-        return (texts, scores) if return_scores else texts
+        rows, _ = self.generate_tokens(config, prompt, images, visual, generator)
+        return [self.tokenizer.decode(prompt + row).strip() for row in rows]
 
     @torch.inference_mode()
     def generate_tokens(self, config: DecodingConfig, prompt: list[int] = (), images: Tensor | None = None,
@@ -248,11 +247,10 @@ class VisionGPT(nn.Module):
         return self.tokenizer
 
     @classmethod
-    def from_backbones(cls, files: dict, tokenizer: Tokenizer, dropout: float = 0.1) -> "VisionGPT":
+    def from_backbones(cls, files: dict, tokenizer: Tokenizer) -> "VisionGPT":
         """An untrained fusion round the pretrained ViT and GPT-2 in files = {"vit": file, "gpt2": file}."""
         vit, gpt2 = ViT.from_pretrained(files["vit"]), GPT2.from_pretrained(files["gpt2"])
-        config = VisionGPTConfig(vit.config, gpt2.config, ResamplerConfig(dropout=dropout))
-        model = cls(config, tokenizer, vit.float(), gpt2.float())
+        model = cls(VisionGPTConfig(vit.config, gpt2.config), tokenizer, vit.float(), gpt2.float())
         model.backbones = dict(files)
         return model
 
