@@ -83,16 +83,15 @@ class VisionGPT(nn.Module):
     def device(self) -> torch.device:
         return self.resampler.latents.device
 
-    def encode(self, images: Tensor | None = None, features: Tensor | None = None) -> Tensor:
-        """Images (B, 3, S, S), or cached ViT patch tokens (B, N, C_vit), -> visual tokens (B, L, C)."""
-        return self.resampler(self.features(images) if features is None else self.cast(features))
+    def encode(self, images: Tensor | None = None, features: Tensor | None = None,
+               return_weights: bool = False):
+        """Images (B, 3, S, S), or cached ViT patch tokens (B, N, C_vit), -> visual tokens (B, L, C).
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> the ViT's patch tokens (B, N, C_vit), without its class token."""
-        return self.cast(self.vit(images.to(self.device, self.vit.cls_token.dtype))[:, 1:])
-
-    def cast(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.resampler.latents.dtype)
+        With `return_weights` also what the latents looked at, (B, H, L, N).
+        """
+        if features is None:
+            features = self.vit(images.to(self.device, self.vit.cls_token.dtype))[:, 1:]   # no class token
+        return self.resampler(features.to(self.device, self.resampler.latents.dtype), return_weights)
 
     def cross_kv(self, visual: Tensor | None) -> dict[str, Tensor]:
         """Visual tokens (B, L, C) -> {block: k and v (2, B, H, L, D)} for each cross-attention."""
@@ -135,14 +134,14 @@ class VisionGPT(nn.Module):
 
         A GPU need not be waited for when `targets` are still on the CPU.
         """
-        x, head = self.hidden(tokens, self.cross_kv(visual), positions).flatten(0, 1), self.gpt2.wte
-        targets = targets.flatten()
+        x, targets = self.hidden(tokens, self.cross_kv(visual), positions).flatten(0, 1), targets.flatten()
         kept = (targets != -100).nonzero().squeeze(1)
         if "gpt2" in self.frozen:
-            x = self.gpt2.ln_f(x.index_select(0, kept.to(x.device))).to(head.weight.dtype)          # (M, C)
-            total = ChunkedLoss.apply(x, head.unembed, targets[kept].to(x.device), label_smoothing)
+            x = self.gpt2.ln_f(x.index_select(0, kept.to(x.device))).to(self.gpt2.wte.weight.dtype)  # (M, C)
+            total = ChunkedLoss.apply(x, self.gpt2.wte.unembed, targets[kept].to(x.device), label_smoothing)
         else:
-            total = head_loss(self.gpt2.ln_f(x), head.unembed, targets.to(x.device), label_smoothing)
+            total = F.cross_entropy(self.gpt2.logits(x).float(), targets.to(x.device), reduction="sum",
+                                    label_smoothing=label_smoothing)
         return total if reduction == "sum" else total / len(kept)
 
     @torch.inference_mode()
@@ -169,7 +168,7 @@ class VisionGPT(nn.Module):
         if layer not in (None, *self.config.cross_attention):
             blocks = ", ".join(map(str, self.config.cross_attention))
             raise UserError(f"GPT-2's block {layer} has no cross-attention; choose from {blocks}")
-        visual, to_patches = self.resampler(self.features(images), return_weights=True)
+        visual, to_patches = self.encode(images, return_weights=True)
         _, to_latents = self.hidden(tokens.to(self.device), self.cross_kv(visual), return_weights=True)
         chosen = torch.stack([w for i, w in to_latents.items() if layer in (None, i)])  # (blocks, B, H, T, L)
         maps = chosen.mean((0, 2)) @ to_patches.mean(1)                                     # (B, T, N)
@@ -324,13 +323,11 @@ def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
 
 
-def head_loss(x: Tensor, head, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Summed cross-entropy of hidden states (M, C) for targets (M,) but -100; `head` gives logits (M, V)."""
-    return F.cross_entropy(head(x).float(), targets, reduction="sum", label_smoothing=label_smoothing)
-
-
 class ChunkedLoss(torch.autograd.Function):
-    """`head_loss` with a frozen head, in chunks: the gradient to x is formed in the forward pass."""
+    """Summed cross-entropy of hidden states (M, C) for targets (M,), -100 not counted, under a frozen head.
+
+    In chunks: the gradient to x is formed in the forward pass.
+    """
 
     @staticmethod
     def forward(ctx, x, head, targets, label_smoothing):
@@ -341,7 +338,8 @@ class ChunkedLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.enable_grad():
                 hidden = x[part].detach().requires_grad_(grad is not None)
-                loss = head_loss(hidden, head, targets[part], label_smoothing)
+                loss = F.cross_entropy(head(hidden).float(), targets[part], reduction="sum",
+                                       label_smoothing=label_smoothing)
             total += loss.detach()
             if grad is not None:
                 (grad[part],) = torch.autograd.grad(loss, hidden)
