@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from lib.cli import UserError, check_ranges, flag
-from lib.drafts import guess_next
-
-DRAFTS = 4                             # tokens guessed and checked in one step
+from lib.drafts import greedy_with_drafts
 
 
 @dataclass
@@ -77,29 +75,6 @@ def decode(step: Callable, cache, start: Tensor, config: DecodingConfig, eos_id:
         return greedy_with_drafts(step, cache, start, config, eos_id, drafts)
     search = beam_search if config.num_beams > 1 else greedy_or_sample
     return search(step, cache, start, config, eos_id, generator)
-
-
-def greedy_with_drafts(step, cache, start, config, eos_id, drafts):
-    """Greedy decoding of one row, with a few guesses in each step, kept as far as it would have chosen them.
-
-    They cost little: most of a step is reading the weights (Leviathan et al. 2023, arXiv:2211.17192). In 16
-    bits a step over several tokens rounds otherwise than over one, which may turn a choice between near ties.
-    """
-    text, total, first = start[0].tolist(), 0.0, start.shape[1]
-    end = first + config.max_length
-    while len(text) == first or text[-1] != eos_id and len(text) < end:
-        guess = guess_next(drafts, text, min(DRAFTS, end - len(text) - 1), eos_id)
-        fresh = torch.tensor([text[cache.length :] + guess], device=start.device)    # always as many: quicker
-        logits = step(fresh, len(guess) + 1)[0].float()                      # (1 + guesses, V)
-        likeliest, chosen = logits.max(-1)
-        chosen = chosen.tolist()
-        agree = [token == other != eos_id for token, other in zip(guess, chosen)]
-        right = [*agree, False].index(False)
-        text += chosen[: right + 1]                          # the right guesses, and what follows the last
-        total += (likeliest - logits.logsumexp(-1))[: right + 1].sum()
-        cache.length = len(text) - 1
-    score = float(total) / (len(text) - first) ** config.length_penalty
-    return cut(torch.tensor([text[first:]]), eos_id), [score]
 
 
 def greedy_or_sample(step, cache, start, config, eos_id, generator):
