@@ -55,12 +55,6 @@ class DecodingConfig:
         given = [v for v in (self.temperature, self.top_k, self.top_p) if v is not None]
         return bool(given) and self.temperature != 0 and self.top_k != 1
 
-    @property
-    def plain_greedy(self):
-        """Whether each token is the one that the model finds likeliest."""
-        settings = self.num_beams, self.repetition_penalty, self.no_repeat_ngram, self.min_length
-        return settings == (1, 1, 0, 0) and not self.samples
-
 
 def decode(step: Callable, cache, start: Tensor, config: DecodingConfig, eos_id: int,
            generator: torch.Generator | None = None,
@@ -71,7 +65,9 @@ def decode(step: Callable, cache, start: Tensor, config: DecodingConfig, eos_id:
     their scores, log-probability / length**length_penalty, of the new tokens and the end token. `drafts`
     are those of lib/drafts.py.
     """
-    if drafts and config.drafts and config.plain_greedy and len(start) == 1:
+    settings = config.num_beams, config.repetition_penalty, config.no_repeat_ngram, config.min_length
+    likeliest = settings == (1, 1, 0, 0) and not config.samples      # each token is the model's first choice
+    if drafts and config.drafts and likeliest and len(start) == 1:
         return greedy_with_drafts(step, cache, start, config, eos_id, drafts)
     search = beam_search if config.num_beams > 1 else greedy_or_sample
     return search(step, cache, start, config, eos_id, generator)

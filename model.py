@@ -304,11 +304,8 @@ def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
     With GPT-2's 0.02 in place of fan_in**-0.5, models narrower than 768 train slowly.
     """
     table = {                                        # end of the name: standard deviation
-        "vit.cls_token": config.vit.n_embd**-0.5,
         "vit.pos_embed": 3.0,                        # so large that a model learns where things are
         "resampler.latents": 0.02,
-        "wpe.weight": config.gpt2.n_embd**-0.5,      # an embedding's fan-in is its width
-        "wte.weight": config.gpt2.n_embd**-0.5,
         "c_proj.weight": (2 * config.gpt2.n_layer * config.gpt2.n_embd) ** -0.5,    # deeper: smaller
         "out.weight": 0.0,                           # untrained cross-attention changes nothing
         "out.bias": 0.0,
@@ -320,7 +317,7 @@ def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
         elif name.startswith(FROZEN) and name.endswith("bias"):
             nn.init.zeros_(p)
         elif name.startswith(FROZEN) and p.ndim > 1:
-            nn.init.normal_(p, std=p[0].numel() ** -0.5)
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)       # fan-in; an embedding's is its width
 
 
 class ChunkedLoss(torch.autograd.Function):
