@@ -150,10 +150,8 @@ class VisionGPT(nn.Module):
         if len(images) != len(captions):
             raise UserError(f"{len(captions)} captions for {len(images)} images: give one for each")
         rows = [[self.require_tokenizer().encode(text)] for text in captions]
-        tokens, targets, positions = (t.to(self.device) for t in pack_captions(rows, self.eos_id))
-        if tokens.shape[1] > self.config.gpt2.n_positions:
-            raise UserError(f"a caption is longer than the {self.config.gpt2.n_positions} positions of GPT-2")
-        logits, _ = self(tokens, self.encode(images), positions=positions)                         # (B, T, V)
+        tokens, targets, _ = (t.to(self.device) for t in pack_captions(rows, self.eos_id))
+        logits, _ = self(tokens, self.encode(images))                                              # (B, T, V)
         losses = F.cross_entropy(logits.float().mT, targets, ignore_index=-100, reduction="none")
         return -losses.sum(1) / (targets != -100).sum(1)
 

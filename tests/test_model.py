@@ -307,7 +307,7 @@ def test_score_is_the_mean_log_probability_of_a_caption(photos):
         logits, _ = model(torch.tensor([[model.eos_id, *row]]), model.encode(image[None]))
         logprob = logits[0].log_softmax(-1)[range(len(row) + 1), [*row, model.eos_id]]
         assert abs(score - logprob.mean().item()) < 1e-4
-    with pytest.raises(UserError, match="longer than the [0-9]+ positions"):
+    with pytest.raises(UserError, match="more than GPT-2's [0-9]+ positions"):
         model.score(images[:1], ["a dog " * 500])
 
 
