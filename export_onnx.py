@@ -77,14 +77,6 @@ class GrowingCache:
         return self.layers[layer]
 
 
-def describe(model: VisionGPT) -> dict:
-    """What a program that runs the files must know."""
-    config = model.config
-    return dict(image_size=config.vit.image_size, n_layer=config.gpt2.n_layer, n_head=config.gpt2.n_head,
-                head_width=config.gpt2.n_embd // config.gpt2.n_head, n_positions=config.gpt2.n_positions,
-                eos_id=model.eos_id)
-
-
 @torch.no_grad()
 def export(model: VisionGPT, folder: Path) -> None:
     """Write the four files. Raises UserError when a package is missing."""
@@ -92,7 +84,9 @@ def export(model: VisionGPT, folder: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError:
         raise UserError("this needs three more packages: pip install onnx onnxscript onnxruntime") from None
-    c = describe(model)
+    gpt2 = model.config.gpt2                                         # c: what who runs the files must know
+    c = dict(image_size=model.config.vit.image_size, n_layer=gpt2.n_layer, n_head=gpt2.n_head,
+             head_width=gpt2.n_embd // gpt2.n_head, n_positions=gpt2.n_positions, eos_id=model.eos_id)
     folder.mkdir(parents=True, exist_ok=True)
     pixels = torch.zeros(1, c["image_size"], c["image_size"], 3, dtype=torch.uint8)
     token = torch.zeros(2, 1, dtype=torch.long)                      # sizes of 2 and 3 are no constants below

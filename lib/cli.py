@@ -201,13 +201,14 @@ def clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def naming(path) -> Iterator[None]:
-    """Name the file that is written within it in the error of a full disk."""
+    """Raise the error of a full disk with the name of the file that is written within it."""
     try:
         yield
     except (OSError, RuntimeError) as error:     # torch.save raises a RuntimeError after the disk's own error
         for cause in (error, error.__context__):
             if isinstance(cause, OSError) and cause.errno in FULL:
                 cause.filename = str(path)
+                raise cause from None
         raise
 
 

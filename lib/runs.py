@@ -99,11 +99,8 @@ class TrainState:
                    "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                    "step": self.step, "best": self.best, "losses": [loss.item() for loss in self.losses],
                    "backbones": self.inputs, "config": dataclasses.asdict(cfg)}
-        try:
-            with cli.atomic(out / "training_state.pt") as path, open(path, "wb") as file:
-                torch.save(content, file)
-        except RuntimeError as error:                                 # torch's own follows the disk's
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        with cli.atomic(out / "training_state.pt") as path, open(path, "wb") as file:
+            torch.save(content, file)
 
     def load(self, saved: dict, out: Path) -> None:
         """Continue from what `read_state` gave. Raises UserError if weights or captions are others now."""
