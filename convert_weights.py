@@ -65,7 +65,6 @@ class ConvertConfig:
             raise UserError("give only one of --vision-gpt, --checkpoint, or --vit and --gpt2")
 
 
-
 def shape_of(tensors, name, default):
     """The shape of a tensor, or the default if it is missing: `checkpoint.load_strict` lists what differs."""
     tensor = tensors.get(name)
@@ -185,7 +184,6 @@ def load_published(path: str | Path, heads: int | None = None) -> tuple[VisionGP
     cross_attention = {int(name.split(".")[1]) for name in tensors if name.startswith("xattn.")}
     config = VisionGPTConfig(ViTConfig(**vit), GPT2Config(**gpt2), resampler, cross_attention)
     return build_module(VisionGPT, config, tensors, f"{path} ({fmt.name})"), fmt.name
-
 
 
 def eval_transform(image, config: ViTConfig) -> Tensor:

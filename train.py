@@ -219,14 +219,11 @@ def read_vit(place: Path) -> ViT:
 
 def set_dropout(model: VisionGPT, p: float) -> None:
     """Give what is trained the dropout of this run."""
-    parts = [(model.config.resampler, model.resampler), (model.config.resampler, model.xattn)]
-    parts += [(getattr(model.config, name), getattr(model, name)) for name in ("vit", "gpt2")
-              if name not in model.frozen]
-    for config, part in parts:
-        config.dropout = p
-        for module in part.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = p
+    for name in {"vit", "gpt2", "resampler"} - {*model.frozen}:
+        getattr(model.config, name).dropout = p
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):                      # which does nothing in a frozen part
+            module.p = p
 
 
 def trained_parameters(model: VisionGPT) -> dict[str, torch.nn.Parameter]:
