@@ -205,8 +205,7 @@ class VisionGPT(nn.Module):
         """Preprocessed images (B, 3, S, S), or visual tokens -> captions as texts, image after image.
 
         Takes the fields of DecodingConfig; without images or visual tokens it continues the prompt as plain
-        GPT-2. `generator` seeds sampling. Raises UserError when prompt and max_length do not fit GPT-2's
-        positions.
+        GPT-2. `generator` seeds sampling. Raises UserError when GPT-2 has too few positions for max_length.
         """
         for name in decoding.keys() - (known := DecodingConfig.__dataclass_fields__):
             raise UserError(f"unknown decoding setting {name}{nearest(name, known)}")
@@ -319,10 +318,7 @@ def init_weights(named: dict[str, Tensor], config: VisionGPTConfig) -> None:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden states (M, C) for targets (M,), -100 not counted, under a frozen head.
-
-    In chunks: the gradient to x is formed in the forward pass.
-    """
+    """Summed loss under a frozen head, in chunks: the gradient to x is formed in the forward pass."""
 
     @staticmethod
     def forward(ctx, x, head, targets, label_smoothing):
