@@ -34,28 +34,26 @@ class GPT2Config:
 
 
 class KVCache:
-    """Keys and values of the text so far: two preallocated tensors (n_layer, B, H, max_length, D)."""
+    """Keys and values of the text so far: one preallocated tensor (2, n_layer, B, H, max_length, D)."""
 
     def __init__(self, config: GPT2Config, rows: int, max_length: int, device=None, dtype=None):
-        shape = config.n_layer, rows, config.n_head, max_length, config.n_embd // config.n_head
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+        shape = 2, config.n_layer, rows, config.n_head, max_length, config.n_embd // config.n_head
+        self.kv, self.length = torch.empty(shape, device=device, dtype=dtype), 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
         """Store a layer's new k and v (B, H, T, D) after the first `length` positions; return them all."""
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        self.kv[0, layer, :, :, self.length : end] = k
+        self.kv[1, layer, :, :, self.length : end] = v
+        return self.kv[:, layer, :, :, :end]
 
     def select(self, rows: Tensor) -> None:
         """New row i continues old row rows[i]: reorders the beams, or repeats a row for several."""
-        if len(rows) != self.k.shape[1]:
-            self.k, self.v = self.k[:, rows], self.v[:, rows]
+        if len(rows) != self.kv.shape[2]:
+            self.kv = self.kv[:, :, rows]
         elif rows.device.type != "cpu" or rows.tolist() != list(range(len(rows))):   # else no copy
-            for held in (self.k[..., : self.length, :], self.v[..., : self.length, :]):
-                held.copy_(held[:, rows])
+            held = self.kv[..., : self.length, :]
+            held.copy_(held[:, :, rows])
 
 
 def packed_mask(positions: Tensor) -> Tensor:
