@@ -95,6 +95,7 @@ def epoch_batches(data: CaptionSet, images: np.ndarray, batch_size: int, seed: i
     """The batches of an epoch, image indices each: an order that depends on (seed, epoch) alone.
 
     What is left over makes a smaller batch, or if it is less than `at_least`, joins the one before.
+
     Within batch_size / 4 shuffled batches, images are sorted by the length of their rows before they are cut,
     so that a batch pads little; small batches, which need images of all kinds, are sorted less or not at all.
     """

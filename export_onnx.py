@@ -84,7 +84,8 @@ def export(model: VisionGPT, folder: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError:
         raise UserError("this needs three more packages: pip install onnx onnxscript onnxruntime") from None
-    gpt2 = model.config.gpt2                                         # c: what who runs the files must know
+    gpt2 = model.config.gpt2
+    # what a program that runs the files must know
     c = dict(image_size=model.config.vit.image_size, n_layer=gpt2.n_layer, n_head=gpt2.n_head,
              head_width=gpt2.n_embd // gpt2.n_head, n_positions=gpt2.n_positions, eos_id=model.eos_id)
     folder.mkdir(parents=True, exist_ok=True)
