@@ -50,7 +50,8 @@ class ConvertConfig:
     vit: str | None = flag(None, "ViT weights to convert", metavar="FILE|DIR|HUB_NAME")
     gpt2: str | None = flag(None, "GPT-2 weights to convert", metavar="FILE|DIR|HUB_NAME")
     vision_gpt: str | None = flag(None, "published Vision-GPT to convert", metavar="FILE|HUB_NAME")
-    checkpoint: str | None = flag(None, "trained checkpoint to turn into a stand-alone model",
+    checkpoint: str | None = flag(None, "trained checkpoint to turn into a stand-alone model; "
+                                  "its metrics.json (evaluate.py --json FILE) goes into the model card",
                                   metavar="DIR|HUB_NAME")
     weights: str | None = flag(None, "another folder to look for --checkpoint's backbones in", metavar="DIR")
     out: str | None = flag(None, "folder to write; default: weights, weights/vision-gpt or DIR-<dtype>",
@@ -281,8 +282,8 @@ def convert_checkpoint(settings, dtype):
     training = checkpoint.read_config(folder).get("training") or {}
     model.save_pretrained(out, dtype, training=training)
     print_summary(model, "trained Vision-GPT", out / "model.safetensors")
-    scores = records.read_json(dict, file) if (file := folder / "scores.json").exists() else {}
-    (out / "README.md").write_text(model_card(asdict(model.config), training, scores))
+    scores = records.read_json(dict, file) if (file := folder / "metrics.json").exists() else {}
+    cli.write_text(out / "README.md", model_card(asdict(model.config), training, scores), end="")
     if settings.check:
         print(model.caption(settings.check))
 

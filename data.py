@@ -62,8 +62,18 @@ class CaptionSet:
         """Indices of a split's images that have captions. Raises UserError when there are none."""
         images = [i for i in self.splits[name] if len(self.captions_of[i])]
         if not images:
-            raise UserError(f"{self.folder} has no {name} images with captions")
+            raise UserError(f"{self.folder} has no {name} images with captions; prepare it again with "
+                            "some in train and some in val (prepare_flickr8k.py --help says how)")
         return np.array(images)
+
+    def check_lengths(self, images: np.ndarray, room: int) -> None:
+        """Raise UserError if a caption of these images has more tokens than there is `room` for."""
+        captions = np.concatenate([self.captions_of[image] for image in images])
+        lengths = np.diff(self.offset)[captions]
+        if lengths.max() > room:
+            text = self.captions[captions[lengths.argmax()]]
+            raise UserError(f"a caption of {lengths.max()} tokens is too long for GPT-2, which has room for "
+                            f"{room}: {text[:60]!r}...; shorten it and prepare the set again")
 
     def fingerprint(self):
         """SHA-256 of what a run reads of the captions: their tokens, images and splits."""

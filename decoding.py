@@ -39,6 +39,7 @@ class DecodingConfig:
 
     def __post_init__(self):
         check_ranges(self)
+        self.prompt = self.prompt.rstrip()                       # GPT-2's tokens begin with the space
         if self.temperature and self.temperature < 1e-6:
             raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or at least 1e-6")
         if self.min_length > self.max_length:

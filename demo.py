@@ -12,7 +12,6 @@ if __name__ == "__main__":
     import lib.startup  # noqa: F401  before torch
 
 import mimetypes
-import os
 import threading
 import time
 import typing
@@ -59,7 +58,7 @@ def read_options(query: str) -> tuple[DecodingConfig, int | None, bool]:
             raise UserError(f"unknown option {name}{nearest(name, kinds)}")
         kind = (typing.get_args(kinds[name]) or [kinds[name]])[0]
         try:
-            given[name] = kind(value)
+            given[name] = bool(int(value)) if kind is bool else kind(value)
         except ValueError:
             raise UserError(f"{name} is {value!r}, but must be a number") from None
         size = len(value) if kind is str else given[name]
@@ -144,7 +143,7 @@ def make_server(config: DemoConfig, model: VisionGPT, name: str) -> Server:
 def main(args: list[str] | None = None) -> None:
     config = DemoConfig(**cli.parse(DemoConfig, __doc__, args))
     folder = checkpoint.find_checkpoint(config.checkpoint)
-    server = make_server(config, load_model(folder, config), os.path.relpath(folder))
+    server = make_server(config, load_model(folder, config), cli.relative(folder))
     caption(server.model, Image.new("RGB", (64, 64)), "attention=1")           # the first one takes longest
     print(f"open {server.url} to caption pictures with {folder}; Ctrl-C stops the server", flush=True)
     server.serve_forever()

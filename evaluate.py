@@ -120,6 +120,7 @@ def run_model(config: EvaluateConfig) -> tuple[CaptionSet, np.ndarray, dict[str,
     config.check_outputs([*(Path(data.folder, name) for name in SET_FILES),
                           Path(folder, "config.json"), Path(folder, "tokenizer.json")])
     images = data.split(config.split)[: config.limit or None]
+    data.check_lengths(images, model.config.gpt2.n_positions - 1)
     if config.shuffle_images and len(images) < 2:
         raise UserError("--shuffle-images needs at least two images")
     blind = trained.get("blind", False)

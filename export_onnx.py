@@ -16,7 +16,6 @@ its greedy captions of the example pictures must equal PyTorch's.
 """
 
 import json
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +148,7 @@ def main(args: list[str] | None = None) -> None:
         raise UserError(f"--out {out} is a checkpoint: name another folder")
     model = VisionGPT.from_pretrained(folder, "cpu", torch.float32, config.weights)
     export(model, out)
-    check(model, out, find_pictures([os.path.relpath(EXAMPLES)])[0])
+    check(model, out, find_pictures([cli.relative(EXAMPLES)])[0])
     print(f"wrote {out}, {sum(file.stat().st_size for file in out.glob('*.onnx')) / 1e6:.1f} MB")
 
 

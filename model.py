@@ -220,7 +220,7 @@ class VisionGPT(nn.Module):
         """`generate` in token ids: num_return_sequences lists of new tokens per image, and their scores."""
         room = self.config.gpt2.n_positions - 1 - len(prompt)
         if config.max_length > room:
-            raise UserError(f"max_length {config.max_length} is more than the {room} positions that "
+            raise UserError(f"max_length {config.max_length} is more than the {max(0, room)} positions that "
                             f"GPT-2 has left after a prompt of {len(prompt)} tokens")
         visual = visual if images is None else self.encode(images)
         cross_kv, B = self.cross_kv(visual), 1 if visual is None else len(visual)

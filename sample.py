@@ -272,7 +272,7 @@ def main(args: list[str] | None = None) -> int:
     config = SampleConfig(**cli.parse(SampleConfig, __doc__, args))
     if not config.images and not EXAMPLES.is_dir():
         raise UserError("name a picture, as in python sample.py dog.jpg; see --help")
-    sources, missing = find_pictures(config.images or [os.path.relpath(EXAMPLES)])
+    sources, missing = find_pictures(config.images or [cli.relative(EXAMPLES)])
     folder = checkpoint.find_checkpoint(config.checkpoint)
     cli.check_outputs(config, "json", "csv", pictures=["save", "attention"],
                       inputs=[*sources, Path(folder, "config.json"), Path(folder, "tokenizer.json")])
@@ -296,7 +296,8 @@ def main(args: list[str] | None = None) -> int:
           distributed.processes(cli.pick_device(config.device))):
         model = load_model(folder, config)
         failed = caption_shards(model, files, config) if files else caption_sources(model, sources, config)
-    return int(failed > 0 or len(missing) > 0)
+    # torchrun ends all processes when one fails, and process 0 may still be writing
+    return int(distributed.rank() == 0 and (failed > 0 or len(missing) > 0))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ class TrainConfig:
     captions_per_image: int = flag(0, "captions per image in a step, drawn at random; 0: all of them", min=0)
     grad_accumulation: int = flag(1, "forward passes per optimizer step", min=1, max=65536)
     learning_rate: float = flag(5e-4, "peak learning rate", min=0, max=1000)
-    min_lr: float = flag(5e-5, "learning rate at the end of the cosine", min=0, max=1000)
-    warmup_steps: int = flag(100, "optimizer steps of linear warm-up", min=0)
+    min_lr: float = flag(5e-5, "learning rate at the end of the cosine, if below the peak", min=0, max=1000)
+    warmup_steps: int = flag(100, "optimizer steps of linear warm-up, at most a tenth of the run", min=0)
     weight_decay: float = flag(0.01, "AdamW weight decay, on matrices only", min=0, max=1000)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off", min=0, max=1e9)
     dropout: float = flag(0.1, "dropout on attention and MLP outputs of the trained parts", min=0, max=0.99)
@@ -98,6 +98,8 @@ class TrainConfig:
         if self.gpt2 and (self.init_from or self.preset != "flickr8k"):
             raise UserError("--gpt2 is only for a new model of preset flickr8k: leave it out with "
                             "--init-from or another preset")
+        if os.path.isdir(self.vit) and (self.init_from or self.preset == "flickr8k"):
+            raise UserError(f"--vit {self.vit} is a folder: name a vit.safetensors, from convert_weights.py")
         if self.vit and self.preset == "shapes":
             raise UserError("--vit cannot go with preset shapes, which trains a ViT of its own: leave it out")
         if self.self_critical and (self.self_critical < 2 or not self.init_from):
@@ -202,11 +204,7 @@ def build_model(cfg: TrainConfig) -> tuple[VisionGPT, CaptionSet]:
         model = VisionGPT(config, data.tokenizer, vit)
     model.freeze(*FROZEN[cfg.train])
     set_dropout(model, cfg.dropout)
-    lengths, room = np.diff(data.offset), model.config.gpt2.n_positions - 1
-    if lengths.max() > room:
-        text = data.captions[lengths.argmax()]
-        raise UserError(f"a caption of {lengths.max()} tokens is too long for GPT-2, which has room for "
-                        f"{room}: {text[:60]!r}...; shorten it and prepare the set again")
+    data.check_lengths(np.arange(len(data.names)), model.config.gpt2.n_positions - 1)
     return model, data
 
 
@@ -244,10 +242,12 @@ def configure_optimizer(model: VisionGPT, cfg: TrainConfig) -> torch.optim.AdamW
 
 def get_lr(step: int, total: int, cfg: TrainConfig) -> float:
     """Linear warm-up to the peak, then a cosine that comes down to min_lr when `total` steps are done."""
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
-    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+    peak, warmup = cfg.learning_rate, min(cfg.warmup_steps, total // 10)
+    low = min(cfg.min_lr, peak)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return low + (peak - low) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
 @contextlib.contextmanager
@@ -334,17 +334,19 @@ def train_step(model: VisionGPT, optimizer: torch.optim.Optimizer, scaler: torch
 
     Returns the mean loss over all their targets, or minus the reward.
     """
-    count, total = distributed.total(sum(batch["count"] for batch in micro_batches)), 0.0
+    count = sum(len(batch["numbers"]) if reward else batch["count"] for batch in micro_batches)
+    count, total = distributed.total(count), 0.0                      # images to reward, or targets
     for batch in micro_batches:
         torch.manual_seed(batch["seed"])                              # of dropout and samples
         batch = to_device(batch, model.device, model.config.vit)
         if reward:
-            loss = self_critical_loss(model, batch, reward, cfg.self_critical, amp) / cfg.grad_accumulation
+            loss = self_critical_loss(model, batch, reward, cfg.self_critical, amp) * len(batch["numbers"])
         else:
             if cfg.word_dropout:                                      # Bowman et al. 2016
                 hidden = torch.rand(batch["tokens"].shape, device=model.device) < cfg.word_dropout
                 batch["tokens"] = batch["tokens"].masked_fill(hidden, model.eos_id)
-            loss = batch_loss(model, batch, amp, cfg.label_smoothing) / count
+            loss = batch_loss(model, batch, amp, cfg.label_smoothing)
+        loss = loss / count
         scaler.scale(loss).backward()
         total = total + loss.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib import records
-from lib.cli import UserError, atomic, write_text
+from lib.cli import UserError, atomic, relative, write_text
 from lib.hub import local_or_hub
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -227,7 +227,7 @@ def find_backbone(name: str, record: dict, folder: str | Path, weights: str | Pa
 
 def write_config(folder: Path, model: dict, training: dict | None, backbones: dict[str, str | Path]) -> None:
     """Write config.json of a checkpoint folder whose frozen `backbones` lie in these files."""
-    records = {name: {"file": Path(file).name, "path": os.path.relpath(file, folder),
+    records = {name: {"file": Path(file).name, "path": relative(file, folder),
                       "sha256": read_metadata(file).get("sha256")} for name, file in backbones.items()}
     config = {"format_version": FORMAT_VERSION, "model": model, "training": training, "backbones": records}
     write_text(folder / "config.json", json.dumps(config, indent=1))

@@ -199,6 +199,15 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{seconds % 60:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
+def relative(path: str | Path, start: str | Path = os.curdir) -> str:
+    """`path` as seen from `start`, with forward slashes; absolute where Windows has it on another drive."""
+    try:
+        path = os.path.relpath(path, start)
+    except ValueError:
+        path = os.path.abspath(path)
+    return Path(path).as_posix()
+
+
 @contextlib.contextmanager
 def naming(path) -> Iterator[None]:
     """Raise the error of a full disk with the name of the file that is written within it."""

@@ -69,7 +69,8 @@ def model_card(config: dict, training: dict, scores: dict) -> str:
     size = {768: "gpt2", 1024: "gpt2-medium", 1280: "gpt2-large", 1600: "gpt2-xl"}.get(gpt2["n_embd"])
     if size and gpt2["vocab_size"] == 50257:
         facts.append(f"base_model: openai-community/{size}")
-    rows = [f"| {name} | {value:.4f} |" for name, value in scores.items() if isinstance(value, float)]
+    rows = [f"| {name} | {scores[name]:.4f} |" for name in ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr")
+            if isinstance(scores.get(name), float)]
     return "\n".join([
         "---", *facts, "---", "", "# Vision-GPT", "",
         f"An image captioner in plain PyTorch: a ViT of {config['vit']['n_layer']} blocks, a Perceiver "

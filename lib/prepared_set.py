@@ -70,13 +70,15 @@ def set_folder(out: str) -> Iterator[None]:
     with contextlib.suppress(UserError, OSError):
         ours = read_meta(out)
     of = "a prepared set, or only to a damaged one"
-    with cli.claim_folder(out, SET_FILES, ".unfinished", of, ours is not None):
-        try:
+    claimed = False
+    try:
+        with cli.claim_folder(out, SET_FILES, ".unfinished", of, ours is not None):
+            claimed = True
             yield
-        finally:                                                 # else the mark says that the rest is ours
-            held = [name for name in SET_FILES if os.path.lexists(os.path.join(out, name))]
-            if not held or "meta.json" in held:
-                os.remove(unfinished)
+    finally:                                                     # else the mark says that the rest is ours
+        held = [name for name in SET_FILES if os.path.lexists(os.path.join(out, name))]
+        if claimed and (not held or "meta.json" in held):        # closed by now: Windows removes no open file
+            os.remove(unfinished)
 
 
 def write_images(out, pictures):

@@ -1,5 +1,6 @@
 """Flags from a dataclass, one-line errors, progress, files that are written whole or not at all."""
 
+import ntpath
 import os
 import subprocess
 import sys
@@ -184,6 +185,12 @@ def test_atomic_leaves_a_whole_file_or_nothing(tmp_path):
                 Path(temporary).write_text("half of")
             raise UserError("stopped")
     assert file.read_text() == "one" and [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_relative_paths_have_forward_slashes_and_may_be_on_another_drive(monkeypatch):
+    assert cli.relative("a/b/c", "a/d") == "../b/c"
+    monkeypatch.setattr(cli.os.path, "relpath", lambda path, start: ntpath.relpath("D:\\x", "C:\\y"))
+    assert cli.relative("/a/b") == Path("/a/b").absolute().as_posix()
 
 
 def test_atomic_writes_through_a_link(tmp_path):

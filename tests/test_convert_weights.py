@@ -722,7 +722,8 @@ def test_half_precision_keeps_the_hash_of_the_source(tmp_path):
     assert checkpoint.read_tensors(files[1])["norm.weight"].dtype == torch.float16
 
 
-def test_without_tokenizer_tables_conversion_warns_and_succeeds(tmp_path, offline, capsys):
+def test_without_tokenizer_tables_conversion_warns_and_succeeds(tmp_path, offline, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     convert(ConvertConfig(gpt2=str(gpt2_folder(tmp_path / "gpt2")), out=str(tmp_path / "weights")))
     assert "warning: no tokenizer.json" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "weights").iterdir()] == ["gpt2.safetensors"]
@@ -800,7 +801,7 @@ def test_a_trained_checkpoint_becomes_one_model(tmp_path, monkeypatch):
     model.gpt2.load_state_dict(gpt2.state_dict())
     randomize(model.xattn)
     model.save_pretrained("out/run", backbones=files, training=dict(photographs=True))
-    Path("out/run/scores.json").write_text(json.dumps(dict(CIDEr=0.5, worst=[])))
+    Path("out/run/metrics.json").write_text(json.dumps(dict(CIDEr=0.5, worst=[])))
     convert(ConvertConfig(checkpoint="out/run", dtype="float16"))
     convert(ConvertConfig(checkpoint="out/run", out="whole"))
     for source, out in ("out/run", "out/run"), ("whole", "out/run"), ("out/run", "whole"):

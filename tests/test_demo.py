@@ -110,11 +110,16 @@ def test_words_have_the_mean_map_of_their_tokens(ask, model):
     assert several > 2
 
 
+def test_a_flag_of_the_query_is_on_or_off():
+    for value in (0, 1):
+        assert demo.read_options(f"num_beams=1&drafts={value}")[0].drafts is bool(value)
+
+
 def test_a_long_prompt_leaves_room_or_is_refused(ask):
     body = PICTURE.read_bytes()
     assert ask("/caption?num_beams=1&prompt=" + "z" * 30, body)[0] == 200        # 9 positions left of 40
     status, answer = ask("/caption?prompt=" + "z" * 60, body)
-    assert status == 400 and "positions" in answer["error"]
+    assert status == 400 and "the 0 positions" in answer["error"]
 
 
 @pytest.mark.parametrize("query, body, status, message", [

@@ -114,6 +114,18 @@ def test_results_are_those_of_the_model_whatever_the_batch_size(folder, checkpoi
     assert "shuffled" not in result and "right_in_every_word" not in result
 
 
+def test_too_long_a_reference_is_an_error_before_any_work(folder, checkpoint, run, tmp_path):
+    captions, meta = data.CaptionSet(folder), json.loads((folder / "meta.json").read_text())
+    pictures, words = [captions.images[i] for i in range(3)], " again" * 70
+    prepared_set.write_images(tmp_path / "long", pictures)
+    texts = [(0, "a dog"), (1, "a cat"), (2, "dogs" + words)]
+    prepared_set.write_set(tmp_path / "long", meta["images"][:3], texts,
+                           dict(train=[0], val=[1], test=[2]), captions.tokenizer, meta["preprocessing"])
+    with pytest.raises(UserError, match=r"a caption of \d+ tokens is too long .* room for 63"):
+        run("--checkpoint", checkpoint, "--data", tmp_path / "long")
+    run("--checkpoint", checkpoint, "--data", tmp_path / "long", "--split", "val")    # where none is too long
+
+
 def test_shuffled_images_are_other_images_in_captions_and_loss(folder, checkpoint, run, tmp_path, capsys):
     result = run("--checkpoint", checkpoint, "--shuffle-images", "--batch-size", 2)
     model, captions = VisionGPT.from_pretrained(checkpoint), data.CaptionSet(folder)

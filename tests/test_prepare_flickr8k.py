@@ -520,6 +520,22 @@ def test_run_that_was_killed_is_begun_again_and_two_at_once_are_refused(given_se
     assert len(data.CaptionSet(given_set.out).images) == 5 and len(os.listdir(given_set.out)) == 6
 
 
+def test_the_mark_of_an_unfinished_set_is_closed_when_it_is_removed(given_set, monkeypatch):
+    """Windows removes no open file."""
+    fcntl, remove, removed = pytest.importorskip("fcntl"), os.remove, []
+
+    def remove_closed(path):
+        if path.endswith(".unfinished"):
+            with open(path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # BlockingIOError while it is held open
+            removed.append(path)
+        remove(path)
+
+    monkeypatch.setattr(prepared_set.os, "remove", remove_closed)
+    prepare(given_set, BYTES)
+    assert removed == [os.path.join(given_set.out, ".unfinished")]
+
+
 @pytest.mark.parametrize("meta", ["", "[]", '{"images": 3}', '{"source": 7}'])
 def test_damaged_meta_json_is_not_taken_for_a_set(given_set, meta):
     prepare(given_set, BYTES)

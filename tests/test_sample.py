@@ -200,6 +200,14 @@ def test_a_bad_picture_is_named_and_the_others_are_captioned(run):
     assert "nope.jpg" in err and "bad3.jpg" in err and len(err.splitlines()) == 2
 
 
+def test_only_process_0_fails_for_what_is_missing(run, monkeypatch):
+    """torchrun kills process 0, which writes the files, when another one fails before it is done."""
+    monkeypatch.setattr(sample, "caption_sources", lambda *args: 1)
+    for rank, status in ((0, 1), (1, 0)):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert run("photos/img2.PNG", "nope.jpg")[0] == status
+
+
 def test_pictures_in_the_examples_folder_are_the_default(run, folder, monkeypatch):
     monkeypatch.setattr(sample, "EXAMPLES", folder / "photos/below")
     monkeypatch.chdir(folder)
@@ -216,7 +224,7 @@ def test_prompt_and_several_captions_reach_every_output(run, tmp_path):
     files = {name: tmp_path / f"captions.{name}" for name in ("json", "csv")}
     flags = [a for name, file in files.items() for a in (f"--{name}", file)]
     _, out, _ = run("photos/img2.PNG", "photos/img10.png", "--num-beams", 3, "--num-return-sequences", 2,
-                    "--prompt", "two men", *flags)
+                    "--prompt", "two men ", *flags)                     # a space belongs to the next word
     entries = json.loads(files["json"].read_text())
     assert [len(entry["captions"]) for entry in entries] == [2, 2]
     assert all(text.startswith("two men") for entry in entries for text in entry["captions"])

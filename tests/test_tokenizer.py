@@ -130,7 +130,8 @@ def test_a_wrong_table_is_one_line(name, content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_gpt2_without_network_says_what_to_do(monkeypatch):
+def test_gpt2_without_network_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)                                     # where no weights/ holds the tables
     def unreachable(name):
         raise ConnectionError("no route to host")
 

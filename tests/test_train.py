@@ -685,6 +685,8 @@ def test_backbones_that_would_not_be_read_are_refused(given):
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
     cfg = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10)
     rates = [get_lr(step, 110, cfg) for step in range(111)]
+    assert max(get_lr(step, 32, cfg) for step in range(32)) == 1.0        # short runs reach the peak too
+    assert get_lr(109, 110, TrainConfig(learning_rate=0.01, min_lr=0.1)) == 0.01            # and none rises
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert rates[35] == pytest.approx(0.1 + 0.45 * (1 + math.sqrt(0.5)))
@@ -960,10 +962,29 @@ def test_self_critical_gradient_is_that_of_the_expected_reward(base, config, mon
 @pytest.mark.parametrize("given, message", [
     (dict(self_critical=5), "name its folder with --init-from"),
     (dict(self_critical=1, init_from="out/run"), "at least 2 captions"),
+    (dict(vit="."), "--vit . is a folder: name a vit.safetensors"),
     (dict(select="CIDEr"), "add --eval-captions")])
-def test_rewards_need_a_model_and_captions(given, message):
+def test_settings_that_do_not_go_together_are_refused(given, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**given)
+
+
+def test_rewards_weigh_images_alike_in_uneven_micro_batches(base, config, monkeypatch):
+    """A step's loss is the mean over images, here of made-up rewards: the number of each image."""
+    cfg = config(init_from=str(base.folder / "complete"), self_critical=2)
+    model, data = build_model(cfg)
+    inputs = ImageInputs(model, data, cfg, torch.device("cpu"), torch.float32)
+    parts = data.split("train")[:3], data.split("train")[3:4]
+    batches = [collate(data, part, inputs) | {"seed": 0} for part in parts]
+
+    def loss_of(model, batch, *args):
+        return model.resampler.latents.sum() * 0 + float(np.mean(batch["numbers"]))
+
+    monkeypatch.setattr(trainer, "self_critical_loss", loss_of)
+    optimizer, scaler = trainer.configure_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
+    for n in (1, 2):
+        loss = trainer.train_step(model, optimizer, scaler, batches[:n], cfg, None, reward=object())
+        assert loss.item() == pytest.approx(np.concatenate(parts[:n]).mean())
 
 
 def test_self_critical_run_writes_its_rewards(base, config):
