@@ -105,6 +105,9 @@ class TrainConfig:
         if self.self_critical and (self.self_critical < 2 or not self.init_from):
             raise UserError("--self-critical samples at least 2 captions per image from a trained model: "
                             "name its folder with --init-from")
+        if self.self_critical and (self.word_dropout or self.label_smoothing):
+            raise UserError("--word-dropout and --label-smoothing are for learning from reference captions: "
+                            "leave them out with --self-critical")
         if self.select == "CIDEr" and self.eval_captions < 2:        # what all captions say counts nothing
             raise UserError("--select CIDEr needs captions to score: add --eval-captions 500")
         if self.resume and self.overwrite:
