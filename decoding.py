@@ -67,8 +67,8 @@ def decode(step: Callable, cache, start: Tensor, config: DecodingConfig, eos_id:
     are those of lib/drafts.py.
     """
     settings = config.num_beams, config.repetition_penalty, config.no_repeat_ngram, config.min_length
-    likeliest = settings == (1, 1, 0, 0) and not config.samples      # each token is the model's first choice
-    if drafts and config.drafts and likeliest and len(start) == 1:
+    plain_greedy = settings == (1, 1, 0, 0) and not config.samples   # each token is the model's first choice
+    if drafts and config.drafts and plain_greedy and len(start) == 1:
         return greedy_with_drafts(step, cache, start, config, eos_id, drafts)
     search = beam_search if config.num_beams > 1 else greedy_or_sample
     return search(step, cache, start, config, eos_id, generator)

@@ -337,8 +337,8 @@ def train_step(model: VisionGPT, optimizer: torch.optim.Optimizer, scaler: torch
 
     Returns the mean loss over all their targets, or minus the reward.
     """
-    count = sum(len(batch["numbers"]) if reward else batch["count"] for batch in micro_batches)
-    count, total = distributed.total(count), 0.0                      # images to reward, or targets
+    sizes = [len(batch["numbers"]) if reward else batch["count"] for batch in micro_batches]
+    count, total = distributed.total(sum(sizes)), 0.0                 # images to reward, or targets
     for batch in micro_batches:
         torch.manual_seed(batch["seed"])                              # of dropout and samples
         batch = to_device(batch, model.device, model.config.vit)

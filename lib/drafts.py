@@ -1,4 +1,4 @@
-"""Drafts: the likeliest next token after the last few, as counted in the training captions, and their use."""
+"""Drafts: guesses of the next tokens, counted in the training captions, that make greedy decoding faster."""
 
 from pathlib import Path
 
@@ -52,10 +52,11 @@ def guess_next(table: dict[int, int], text: list[int], count: int, eos_id: int) 
 
 
 def greedy_with_drafts(step, cache, start, config, eos_id, drafts):
-    """Greedy decoding of one row, with a few guesses in each step, kept as far as it would have chosen them.
+    """Continue `start` (1, T0) greedily; each step also checks a few guesses and keeps those that were right.
 
     They cost little: most of a step is reading the weights (Leviathan et al. 2023, arXiv:2211.17192). In 16
-    bits a step over several tokens rounds otherwise than over one, which may turn a choice between near ties.
+    bits, a step over several tokens rounds differently from a step over one, which may decide near ties
+    differently. Takes and returns what `decoding.decode` does; `drafts` is the table of `count_drafts`.
     """
     text, total, first = start[0].tolist(), 0.0, start.shape[1]
     end = first + config.max_length

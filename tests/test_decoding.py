@@ -87,6 +87,10 @@ BEAMS = [
     dict(num_beams=4, length_penalty=2.0, min_length=3)]
 
 
+def test_a_space_at_the_end_of_a_prompt_is_left_to_the_next_token():
+    assert DecodingConfig(prompt="two men ").prompt == "two men"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", [(), (7, 3, 7)])
 @pytest.mark.parametrize("config", CONFIGS + [{**a, **b} for a, b in zip(CONFIGS * 2, BEAMS * 2)], ids=str)

@@ -224,7 +224,7 @@ def test_prompt_and_several_captions_reach_every_output(run, tmp_path):
     files = {name: tmp_path / f"captions.{name}" for name in ("json", "csv")}
     flags = [a for name, file in files.items() for a in (f"--{name}", file)]
     _, out, _ = run("photos/img2.PNG", "photos/img10.png", "--num-beams", 3, "--num-return-sequences", 2,
-                    "--prompt", "two men ", *flags)                     # a space belongs to the next word
+                    "--prompt", "two men", *flags)
     entries = json.loads(files["json"].read_text())
     assert [len(entry["captions"]) for entry in entries] == [2, 2]
     assert all(text.startswith("two men") for entry in entries for text in entry["captions"])
