@@ -97,7 +97,7 @@ def zip_members(path: str) -> list[File]:
     except ZIP_ERRORS as error:
         raise UserError(f"{path} is not a complete zip archive ({error}); copy it again") from None
     return [File(info.filename, functools.partial(opened, info), info.file_size)
-            for info in archive.infolist() if not info.is_dir()]
+            for info in archive.infolist() if info.filename and not info.is_dir()]
 
 
 def normalize_path(path: str) -> str:
