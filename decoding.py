@@ -34,8 +34,7 @@ class DecodingConfig:
     min_length: int = flag(0, "minimum number of new tokens before the end token", min=0)
     max_length: int = flag(50, "maximum number of new tokens, the end token included", min=1)
     drafts: bool = flag(True, "for greedy captions of one picture at a time: check several likely tokens in "
-                              "each step (speculative decoding), which is faster; in 16-bit dtypes near ties "
-                              "may be decided differently")
+                              "each step (speculative decoding), which is faster")
 
     def __post_init__(self):
         check_ranges(self)

@@ -11,6 +11,7 @@ from lib.cli import UserError
 FILE = "drafts.safetensors"
 CONTEXT = 5                            # tokens at most that a guess follows from
 DRAFTS = 4                             # tokens guessed and checked in one step
+NEAR_TIE = 4                           # logits closer than this times the dtype's epsilon are almost equal
 PRIME, LARGEST = 2**31 - 1, 2**22      # keys are below PRIME; entries of a table at most
 
 
@@ -54,22 +55,25 @@ def guess_next(table: dict[int, int], text: list[int], count: int, eos_id: int) 
 def greedy_with_drafts(step, cache, start, config, eos_id, drafts):
     """Continue `start` (1, T0) greedily; each step also checks a few guesses and keeps those that were right.
 
-    They cost little: most of a step is reading the weights (Leviathan et al. 2023, arXiv:2211.17192). In 16
-    bits, a step over several tokens rounds differently from a step over one, which may decide near ties
-    differently. Takes and returns what `decoding.decode` does; `drafts` is the table of `count_drafts`.
+    They cost little: most of a step is reading the weights (Leviathan et al. 2023, arXiv:2211.17192). A step
+    over several tokens rounds differently from a step over one, which therefore decides where two tokens are
+    almost as likely. Takes and returns what `decoding.decode` does; `drafts` is the table of `count_drafts`.
     """
-    text, total, first = start[0].tolist(), 0.0, start.shape[1]
-    end = first + config.max_length
+    text, total, first, alone = start[0].tolist(), 0.0, start.shape[1], False
+    end, near_tie = first + config.max_length, NEAR_TIE * torch.finfo(cache.kv.dtype).eps
     while len(text) == first or text[-1] != eos_id and len(text) < end:
-        guess = guess_next(drafts, text, min(DRAFTS, end - len(text) - 1), eos_id)
+        guess = [] if alone else guess_next(drafts, text, min(DRAFTS, end - len(text) - 1), eos_id)
         fresh = torch.tensor([text[cache.length :] + guess], device=start.device)    # always as many: quicker
         logits = step(fresh, len(guess) + 1)[0].float()                      # (1 + guesses, V)
-        likeliest, chosen = logits.max(-1)
-        chosen = chosen.tolist()
+        best = logits.topk(2).values
+        sure = (best[:, 0] - best[:, 1] > near_tie) | alone
+        chosen, sure = torch.stack([logits.argmax(-1), sure.long()]).tolist()
         agree = [token == other != eos_id for token, other in zip(guess, chosen)]
-        right = [*agree, False].index(False)
-        text += chosen[: right + 1]                          # the right guesses, and what follows the last
-        total += (likeliest - logits.logsumexp(-1))[: right + 1].sum()
+        taken = 1 + [*agree, False].index(False)             # the right guesses, and what follows the last
+        alone = not all(sure[:taken])
+        taken = sure.index(False) if alone else taken
+        text += chosen[:taken]
+        total += (best[:, 0] - logits.logsumexp(-1))[:taken].sum()
         cache.length = len(text) - 1
     new = text[first:]
     return [new[:-1] if new[-1] == eos_id else new], [float(total) / len(new) ** config.length_penalty]

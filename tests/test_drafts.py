@@ -71,6 +71,20 @@ def test_captions_are_those_without_drafts(wrong):
     assert saved > 50 if wrong < 1 else saved < 50
 
 
+@pytest.mark.parametrize("allowance", [0.0, 1.001])
+def test_near_ties_are_decided_as_without_drafts(allowance, monkeypatch):
+    """A step over several tokens rounds otherwise, here by up to 0.5: near ties are not for it to decide."""
+    monkeypatch.setattr(drafts, "NEAR_TIE", allowance / torch.finfo(torch.float32).eps)
+    model, visual = lively_model()
+    noise, logits = torch.Generator().manual_seed(0), model.gpt2.exact_logits
+    monkeypatch.setattr(model.gpt2, "exact_logits", lambda x: logits(x) + (
+        torch.rand(*x.shape[:2], 10, generator=noise) - 0.5 if x.shape[1] > 1 else 0))
+    plain, _ = model.generate_tokens(DecodingConfig(drafts=False), visual=visual)
+    model.drafts = drafts.count_drafts([[np.array(row, np.uint16) for row in plain]] * 2, END)
+    found = [model.generate_tokens(DecodingConfig(), visual=one)[0][0] for one in visual.split(1)]
+    assert (found == plain) == (allowance > 0)
+
+
 @pytest.mark.parametrize("other", [dict(min_length=3), dict(repetition_penalty=1.5), dict(no_repeat_ngram=2),
                                    dict(num_beams=2), dict(temperature=0.7), dict(drafts=False)], ids=str)
 def test_other_ways_of_decoding_take_no_guesses(other):
