@@ -11,7 +11,7 @@ from lib.cli import UserError
 FILE = "drafts.safetensors"
 CONTEXT = 5                            # tokens at most that a guess follows from
 DRAFTS = 4                             # tokens guessed and checked in one step
-NEAR_TIE = 4                           # logits closer than this times the dtype's epsilon are almost equal
+NEAR_TIE = 4                           # logits may swap if closer than this times the dtype's epsilon
 PRIME, LARGEST = 2**31 - 1, 2**22      # keys are below PRIME; entries of a table at most
 
 
@@ -56,8 +56,8 @@ def greedy_with_drafts(step, cache, start, config, eos_id, drafts):
     """Continue `start` (1, T0) greedily; each step also checks a few guesses and keeps those that were right.
 
     They cost little: most of a step is reading the weights (Leviathan et al. 2023, arXiv:2211.17192). A step
-    over several tokens rounds differently from a step over one, which therefore decides where two tokens are
-    almost as likely. Takes and returns what `decoding.decode` does; `drafts` is the table of `count_drafts`.
+    over several tokens rounds differently from a step over one, so where the two best tokens nearly tie, a
+    step over one decides. Takes and returns what `decoding.decode` does; `drafts` is `count_drafts`' table.
     """
     text, total, first, alone = start[0].tolist(), 0.0, start.shape[1], False
     end, near_tie = first + config.max_length, NEAR_TIE * torch.finfo(cache.kv.dtype).eps
@@ -65,13 +65,13 @@ def greedy_with_drafts(step, cache, start, config, eos_id, drafts):
         guess = [] if alone else guess_next(drafts, text, min(DRAFTS, end - len(text) - 1), eos_id)
         fresh = torch.tensor([text[cache.length :] + guess], device=start.device)    # always as many: quicker
         logits = step(fresh, len(guess) + 1)[0].float()                      # (1 + guesses, V)
-        best = logits.topk(2).values
+        best = logits.topk(2).values                                         # (1 + guesses, 2)
         sure = (best[:, 0] - best[:, 1] > near_tie) | alone
         chosen, sure = torch.stack([logits.argmax(-1), sure.long()]).tolist()
         agree = [token == other != eos_id for token, other in zip(guess, chosen)]
-        taken = 1 + [*agree, False].index(False)             # the right guesses, and what follows the last
-        alone = not all(sure[:taken])
-        taken = sure.index(False) if alone else taken
+        right = [*agree, False].index(False)
+        taken = min(right + 1, [*sure, False].index(False))  # the right guesses, and what follows the last
+        alone = taken <= right                               # a near tie comes next
         text += chosen[:taken]
         total += (best[:, 0] - logits.logsumexp(-1))[:taken].sum()
         cache.length = len(text) - 1
