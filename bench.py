@@ -11,7 +11,7 @@ but with 12 cross-attentions to 197 tokens; ours has 3, to 64. The original (lib
 first and last word only.
 """
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):                # its child processes decide for themselves
     import lib.startup  # noqa: F401  before torch
 
 import copy
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -240,18 +241,23 @@ def time_caption(kind, device, repeats):
 
 
 def busy(device, quick):
-    """In bfloat16, alone and beside a process that takes all of one core."""
+    """In bfloat16, alone and beside a process that takes one core, then also with threads that spin."""
     rows, repeats = [], 2 if quick else 5
     jobs = {"a caption": (time_caption, "bf16", device, repeats),
             "a training step, 16 images": (time_training, "bf16", device, 16, 1, repeats)}
+    spin = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    openmp = {"GOMP_SPINCOUNT": "300000"}                                 # its default
+    cases = {"s": ("pass", {}), "s beside": (spin, {}), "s spinning": (spin, openmp)}
     for what, job in jobs.items():
-        seconds = []
-        for other in ("pass", "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"):
-            process = subprocess.Popen([sys.executable, "-c", other])     # ends with this one at the latest
-            seconds.append(alone(*job)[0])
+        row = {"what": what}
+        for name, (other, setting) in cases.items():
+            process = subprocess.Popen([sys.executable, "-c", other])
+            with patch.dict(os.environ, setting):
+                row[name] = alone(*job)[0]
             process.kill()
-        rows.append({"what": what, "s": seconds[0], "s beside": seconds[1], "times": seconds[1] / seconds[0]})
-    return {f"Beside a busy core, GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT')}": rows}
+        alone_s, beside, spinning = list(row.values())[1:]
+        rows.append(row | {"times": beside / alone_s, "times spinning": spinning / alone_s})
+    return {"Beside a busy core": rows}
 
 
 def machine_name(device: torch.device) -> str:

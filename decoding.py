@@ -2,7 +2,8 @@
 
 `step(tokens, last=1)` takes the newest tokens (R, T), adds them to the cache and returns the logits
 (R, last, V) of what follows each of the last ones. `cache.select(rows)` makes new row i continue old row
-rows[i]; lowering `cache.length` drops the last tokens. Row b * G + g is the g-th continuation of prompt b.
+rows[i]; lowering `cache.length` drops the last tokens; `cache.kv.dtype` is the model's. Row b * G + g is
+the g-th continuation of prompt b.
 
 Letters: B prompts, G rows (beams) per prompt, R rows, T text positions, V vocabulary.
 """
