@@ -245,18 +245,17 @@ def busy(device, quick):
     rows, repeats = [], 2 if quick else 5
     jobs = {"a caption": (time_caption, "bf16", device, repeats),
             "a training step, 16 images": (time_training, "bf16", device, 16, 1, repeats)}
-    spin = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
-    openmp = {"GOMP_SPINCOUNT": "300000"}                                 # its default
-    cases = {"s": ("pass", {}), "s beside": (spin, {}), "s spinning": (spin, openmp)}
+    spin = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"      # outlives no bench.py
     for what, job in jobs.items():
-        row = {"what": what}
-        for name, (other, setting) in cases.items():
+        seconds = []
+        for other, setting in ("pass", {}), (spin, {}), (spin, {"GOMP_SPINCOUNT": "300000"}):   # OpenMP's own
             process = subprocess.Popen([sys.executable, "-c", other])
             with patch.dict(os.environ, setting):
-                row[name] = alone(*job)[0]
+                seconds.append(alone(*job)[0])
             process.kill()
-        alone_s, beside, spinning = list(row.values())[1:]
-        rows.append(row | {"times": beside / alone_s, "times spinning": spinning / alone_s})
+        s, beside, spinning = seconds
+        rows.append({"what": what, "s": s, "s beside": beside, "s spinning": spinning,
+                     "times": beside / s, "times spinning": spinning / s})
     return {"Beside a busy core": rows}
 
 

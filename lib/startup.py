@@ -17,7 +17,7 @@ LOAD = "/proc/loadavg"
 def others_running() -> float:
     """Threads of other programs that want a core, on average over 10 ms; 0 where Linux does not tell."""
     running, samples = 0, 10
-    for _ in range(samples if os.path.exists(LOAD) else 0):
+    for _ in range(samples if os.access(LOAD, os.R_OK) else 0):
         with open(LOAD) as file:
             running += int(file.read().split()[3].split("/")[0]) - 1        # "2/79": two, this one too, of 79
         time.sleep(0.001)

@@ -14,8 +14,8 @@ GIVEN = {name: value for name, value in os.environ.items() if name not in SETTIN
 def settings_at_torch(tmp_path, args, running=1, **environment):
     """What the environment says once torch is imported where /proc/loadavg counts `running` threads."""
     (tmp_path / "sitecustomize.py").write_text(f"""import builtins, io, os
-ours, exists = open, os.path.exists
-os.path.exists = lambda path: path == "/proc/loadavg" or exists(path)
+ours, access = open, os.access
+os.access = lambda path, mode: path == "/proc/loadavg" or access(path, mode)
 loadavg = "0.00 0.01 0.05 {running}/79 4711"
 builtins.open = lambda path, *args, **names: (
     io.StringIO(loadavg) if path == "/proc/loadavg" else ours(path, *args, **names))""")
