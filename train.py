@@ -105,9 +105,9 @@ class TrainConfig:
         if self.self_critical and (self.self_critical < 2 or not self.init_from):
             raise UserError("--self-critical samples at least 2 captions per image from a trained model: "
                             "name its folder with --init-from")
-        if self.self_critical and (self.word_dropout or self.label_smoothing):
-            raise UserError("--word-dropout and --label-smoothing are for learning from reference captions: "
-                            "leave them out with --self-critical")
+        if self.self_critical and (self.captions_per_image or self.word_dropout or self.label_smoothing):
+            raise UserError("--captions-per-image, --word-dropout and --label-smoothing are for learning "
+                            "from reference captions: leave them out with --self-critical")
         if self.select == "CIDEr" and self.eval_captions < 2:        # what all captions say counts nothing
             raise UserError("--select CIDEr needs captions to score: add --eval-captions 500")
         if self.resume and self.overwrite:
@@ -131,8 +131,8 @@ PRESETS = {
 }
 # in place of the preset's with --self-critical; without crops and dropout it learns the pictures by heart
 SELF_CRITICAL = dict(epochs=6, learning_rate=2e-4, min_lr=1e-5, warmup_steps=5, augment=True, dropout=0.1,
-                     word_dropout=0.0, label_smoothing=0.0, eval_interval=94, eval_images=1000,
-                     eval_captions=1000, select="CIDEr")
+                     captions_per_image=0, word_dropout=0.0, label_smoothing=0.0, eval_interval=94,
+                     eval_images=1000, eval_captions=1000, select="CIDEr")
 # may differ between a run and its --resume; the first two move the end of the learning rate's cosine
 RESUMABLE = ("epochs", "max_steps", "eval_interval", "save_interval", "log_interval", "device", "tracker",
              "num_samples", "resume")

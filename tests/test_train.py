@@ -963,6 +963,7 @@ def test_self_critical_gradient_is_that_of_the_expected_reward(base, config, mon
     (dict(self_critical=5), "name its folder with --init-from"),
     (dict(self_critical=1, init_from="out/run"), "at least 2 captions"),
     (dict(self_critical=5, init_from="out/run", label_smoothing=0.1), "leave them out with --self-critical"),
+    (dict(self_critical=5, init_from="out/run", captions_per_image=2), "leave them out with --self-critical"),
     (dict(vit="."), "--vit . is a folder: name a vit.safetensors"),
     (dict(select="CIDEr"), "add --eval-captions")])
 def test_settings_that_do_not_go_together_are_refused(given, message):
