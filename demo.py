@@ -68,7 +68,7 @@ def read_options(query: str) -> tuple[DecodingConfig, int | None, bool]:
     if DecodingConfig(**{k: v for k, v in given.items() if k in ("temperature", "top_k", "top_p")}).samples:
         given = dict(num_return_sequences=4) | given
     else:
-        given = dict(num_beams=4, length_penalty=0.65) | given
+        given = dict(num_beams=4) | given
         given.setdefault("num_return_sequences", given["num_beams"])
     return DecodingConfig(**given), seed, attention
 

@@ -127,7 +127,7 @@ class ViT(nn.Module):
         return self.encode(self.stem(images))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images (B, 3, S, S), or their stem's features (B, 112, S / 16, S / 16) -> tokens (B, 1 + N, C)."""
+        """Images (B, 3, S, S), or their stem's features (B, 192, S / 32, S / 32) -> tokens (B, 1 + N, C)."""
         x = self.patch_embed(x).flatten(2).transpose(1, 2)            # (B, N, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         x = self.norm_pre(x)

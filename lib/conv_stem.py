@@ -1,16 +1,17 @@
-"""EfficientNet-Lite0's first 11 blocks: the bundled model's ViT takes patches of their features, not pixels.
+"""EfficientNet-Lite0's first 15 blocks: the bundled model's ViT takes patches of their features, not pixels.
 
-This is the hybrid of the ViT paper, which learns from far fewer pictures. The network is Tan and Le's of 2019
-(https://arxiv.org/abs/1905.11946) with ReLU6 and without squeeze-and-excitation; its batch norms are folded
-into the convolutions.
+This is the hybrid of the ViT paper, which learns from far fewer pictures. The network (16 blocks) is Tan and
+Le's of 2019 (https://arxiv.org/abs/1905.11946) with ReLU6 and without squeeze-and-excitation; its batch norms
+are folded into the convolutions.
 """
 
 import torch
 from torch import Tensor, nn
 
-STRIDE, WIDTH = 16, 112                                # (B, 3, S, S) -> (B, 112, S / 16, S / 16)
+STRIDE, WIDTH = 32, 192                                # (B, 3, S, S) -> (B, 192, S / 32, S / 32)
 # of each stage: blocks, width, kernel, stride of the first block, expansion
-STAGES = ((1, 16, 3, 1, 1), (2, 24, 3, 2, 6), (2, 40, 5, 2, 6), (3, 80, 3, 2, 6), (3, 112, 5, 1, 6))
+STAGES = ((1, 16, 3, 1, 1), (2, 24, 3, 2, 6), (2, 40, 5, 2, 6), (3, 80, 3, 2, 6), (3, 112, 5, 1, 6),
+          (4, 192, 5, 2, 6))
 
 
 def conv(n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -38,7 +39,7 @@ class InvertedResidual(nn.Module):
 
 
 class ConvStem(nn.Sequential):
-    """Normalised images (B, 3, S, S) to features (B, 112, S / 16, S / 16)."""
+    """Normalised images (B, 3, S, S) to features (B, 192, S / 32, S / 32)."""
 
     def __init__(self):
         layers, width = [conv(3, 32, 3, 2), nn.ReLU6()], 32

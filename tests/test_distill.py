@@ -31,7 +31,7 @@ def test_finished_vit_sees_as_the_student_did():
     """The student's inputs are standardised; the ViT that is saved has this in its patch embedding."""
     torch.manual_seed(0)
     features, stem = torch.randn(4, 49, 320), distill.ConvStem()
-    seen = torch.randn(4, 112, 14, 14) * torch.linspace(0.1, 9, 112)[:, None, None] + 3
+    seen = torch.randn(4, 192, 7, 7) * torch.linspace(0.1, 9, 192)[:, None, None] + 3
     student = distill.Student(seen, features).eval()
     standardised = (seen - student.stem_mean[:, None, None]) / student.stem_std[:, None, None]
     vit = student.finished(stem).eval()
@@ -41,7 +41,7 @@ def test_finished_vit_sees_as_the_student_did():
 
 def test_a_student_that_says_what_the_teacher_says_has_no_error():
     features, classes = torch.randn(3, 49, 320), torch.randn(3, 1000).log_softmax(-1)
-    student = distill.Student(torch.randn(2, 112, 14, 14), features)
+    student = distill.Student(torch.randn(2, 192, 7, 7), features)
     answer = (features - student.features_mean) / student.features_std, classes
     student.forward = lambda stem: answer
     found = distill.compare(SimpleNamespace(classify=lambda features: classes), student, None, features)

@@ -127,9 +127,9 @@ def test_vit_with_conv_stem_is_a_vit_on_its_features():
     config = ViTConfig(image_size=64, patch_size=32, n_layer=1, n_head=2, n_embd=16, n_mlp=16,
                        conv_stem=True)
     vit, images = ViT(config).eval(), torch.randn(2, 3, 64, 64)
-    assert sum(p.numel() for p in vit.stem.parameters()) == 692_688       # EfficientNet-Lite0's
+    assert sum(p.numel() for p in vit.stem.parameters()) == 2_336_304       # EfficientNet-Lite0's
     features = vit.stem(images)
-    assert features.shape == (2, 112, 4, 4)
+    assert features.shape == (2, 192, 2, 2)
     assert torch.equal(vit(images), vit.encode(features)) and vit(images).shape == (2, 1 + 4, 16)
-    with pytest.raises(UserError, match="multiple of the conv_stem's 16"):
+    with pytest.raises(UserError, match="multiple of the conv_stem's 32"):
         ViTConfig(patch_size=14, conv_stem=True)
