@@ -45,7 +45,7 @@ BATCH = 32
 
 @dataclass
 class DistillConfig:
-    data: str = flag("data/flickr8k-things", "prepared set: training pictures, validation pictures to compare on")
+    data: str = flag("data/flickr8k-things", "prepared set: pictures to train on, and to compare on")
     out: str = flag("out/distill", "folder of vit.safetensors, log.jsonl and the state to resume from")
     crops: int = flag(96_000, "crops in all, after which the learning rate is 0", min=1)
     chunk: int = flag(3_200, "crops between evaluations and saves", min=BATCH)
