@@ -32,7 +32,8 @@ PEOPLE_OR_DOGS = re.compile(
     r"friend|adult|teen|\b(he|she|his|her|him|they|their)\b|\b(?!water|river|other)\w+ers?\b|"
     r"dog|pupp|poodle|hound", re.IGNORECASE)                        # most words in -er are people or terriers
 UNLIKE_PHOTOS = {"symbols", "cartoon", "people"}
-OFTEN = {"dishes", "food", "cats", "space"}                         # six times as many copies
+OFTEN = {"dishes", "food", "cats", "space"}                         # TIMES as many copies
+TIMES = 6
 
 
 @dataclass
@@ -98,7 +99,7 @@ def add_things(cfg: ThingsConfig) -> tuple[int, int]:
     """Write the set to `cfg.out`; returns the numbers of stamps and of training pictures repeated."""
     data, stamps, rng = CaptionSet(cfg.data), read_stamps(cfg.stamps), np.random.default_rng(1)
     train, S, N = data.split("train"), data.preprocessing["image_size"], len(data.names)
-    copies = {name: cfg.copies * (6 if name.split("-")[0] in OFTEN else 1) for name in stamps}
+    copies = {name: cfg.copies * (TIMES if name.split("-")[0] in OFTEN else 1) for name in stamps}
     others = {i: [text for text in data.references(i) if not PEOPLE_OR_DOGS.search(text)] for i in train}
     others = {i: texts for i, texts in others.items() if len(texts) >= 3}                       # of 5
 
@@ -125,8 +126,8 @@ def add_things(cfg: ThingsConfig) -> tuple[int, int]:
 def main():
     cfg = ThingsConfig(**cli.parse(ThingsConfig, __doc__))
     stamps, repeated = add_things(cfg)
-    print(f"{cfg.out}: {cfg.data}, {cfg.copies} or {6 * cfg.copies} pictures of each of {stamps} stamps, and "
-          f"{cfg.crops} crops of each of {repeated} training pictures without people or dogs")
+    print(f"{cfg.out}: {cfg.data}, {cfg.copies} or {TIMES * cfg.copies} pictures of each of {stamps} stamps, "
+          f"and {cfg.crops} crops of each of {repeated} training pictures without people or dogs")
 
 
 if __name__ == "__main__":
