@@ -60,7 +60,7 @@ def test_the_new_set_is_the_old_one_with_things_in_training(folder, tmp_path):
     new, N = CaptionSet(cfg.out), len(old.names)
     assert (new.images[:N] == old.images).all() and new.captions[: len(old.captions)] == old.captions
     said = [new.references(i) for i in range(N, len(new.names))]
-    assert said == [["A cup of tea."]] * 18 + [["The Moon."]] * 18 + [*others.values()] * 2
+    assert said == [["A cup of tea."]] * 30 + [["The Moon."]] * 30 + [*others.values()] * 2
     assert new.splits["train"].tolist() == [*old.splits["train"], *range(N, N + len(said))]
     assert all((new.splits[name] == old.splits[name]).all() for name in ("val", "test"))
     pasted = new.images[N : N + 36]

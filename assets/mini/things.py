@@ -5,7 +5,7 @@
     python assets/mini/things.py                # data/flickr8k and data/stamps -> data/flickr8k-things
 
 Flickr8k shows people and dogs, and a model that has seen nothing else calls a cup a man. Each stamp is pasted
-onto parts of three training pictures, of eighteen if it shows dishes, food, cats or space. The few training
+onto parts of three training pictures, of thirty if it shows dishes, food, cats or space. The few training
 pictures that most captions describe without people or dogs are repeated, in crops, with these captions.
 Validation and test pictures stay Flickr8k's.
 """
@@ -33,7 +33,7 @@ PEOPLE_OR_DOGS = re.compile(
     r"dog|pupp|poodle|hound", re.IGNORECASE)                        # most words in -er are people or terriers
 UNLIKE_PHOTOS = {"symbols", "cartoon", "people"}
 OFTEN = {"dishes", "food", "cats", "space"}                         # TIMES as many copies
-TIMES = 6
+TIMES = 10
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ThingsConfig:
     stamps: str = flag("data/stamps", "unpacked package tuxpaint-stamps-default")
     out: str = flag("data/flickr8k-things", "folder to write the new set to")
     copies: int = flag(3, "pictures made of each stamp", min=1)
-    crops: int = flag(10, "crops of each training picture without people or dogs", min=0)
+    crops: int = flag(20, "crops of each training picture without people or dogs", min=0)
 
 
 def read_stamps(folder: str) -> dict[str, tuple[Image.Image, str]]:
