@@ -108,8 +108,8 @@ def add_things(cfg: ThingsConfig) -> tuple[int, int]:
         for name, (stamp, _) in cli.progress([*stamps.items()], "stamp"):
             for _ in range(copies[name]):
                 yield np.asarray(paste(stamp, Image.fromarray(data.images[rng.choice(train)]), rng))
-        for _ in range(cfg.crops):
-            yield from augment(data.images[[*others]], S, rng).numpy()
+        for i in [*others] * cfg.crops:
+            yield from augment(data.images[[i]], S, rng).numpy()
 
     added = [(f"{name}-{n}.png", [text]) for name, (_, text) in stamps.items() for n in range(copies[name])]
     added += [(f"{n}-{data.names[i]}", texts) for n in range(cfg.crops) for i, texts in others.items()]
